@@ -1,0 +1,1 @@
+"""longtake: autoregressive video generation of any length in bounded memory."""

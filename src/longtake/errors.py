@@ -1,0 +1,9 @@
+"""What a user did wrong, said in one line: what was given, what is accepted, what to do."""
+
+
+class LongtakeError(ValueError):
+    """A wrong input. The command line prints the message and exits with code 2."""
+
+
+class NonFiniteError(RuntimeError):
+    """A chunk came out with NaN or infinity; it was not committed, so the session still holds the state before it."""
