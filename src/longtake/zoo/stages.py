@@ -1,0 +1,99 @@
+"""What every training stage shares: a budget in minutes, checkpoints that can be resumed, and a log of numbers.
+
+A stage is measured in minutes rather than steps, so the same command suits two laptop cores and a GPU: the learning rate
+follows the share of the budget that is used up, and the budget already used is part of the checkpoint.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+CHECKPOINT_SECONDS = 90.0
+LOG_SECONDS = 10.0
+
+
+class Stage:
+    """One resumable training stage of `minutes` minutes over `modules`, kept in `folder` under `name`.
+
+    Iterate to train: each turn yields the share of the budget used (0..1); call `step(loss)` in it.
+    """
+
+    def __init__(self, name: str, folder: Path, modules: dict[str, nn.Module], minutes: float, rate: float) -> None:
+        self.name, self.folder, self.modules, self.minutes, self.rate = name, folder, modules, minutes, rate
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        others = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.steps, self.used, self.sums = 0, 0.0, dict[str, list[float]]()
+        self.checkpoint = folder / f"{name}.pt"
+        if self.checkpoint.exists():
+            self._restore()
+
+    def __iter__(self) -> Iterator[float]:
+        saved = logged = last = time.monotonic()
+        while self.used < self.minutes * 60:
+            share = self.used / (self.minutes * 60)
+            warm = min(1.0, (self.steps + 1) / 50)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+            yield share
+            now = time.monotonic()
+            self.used, last = self.used + now - last, now
+            if now - logged > LOG_SECONDS:
+                self._log()
+                logged = now
+            if now - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = now
+        self.save()
+
+    def step(self, loss: torch.Tensor, **numbers: float) -> None:
+        """One optimiser step on `loss`; `numbers` are averaged into the log."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.steps += 1
+        decay = min(0.995, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        for key, value in {"loss": float(loss.detach()), "norm": float(norm), **numbers}.items():
+            self.sums.setdefault(key, []).append(value)
+
+    def finish(self) -> None:
+        """Put the running average of the weights into the modules."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+
+    def save(self) -> None:
+        """Write the checkpoint; a cut-off write leaves the old one intact."""
+        state = {
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "steps": self.steps,
+            "used": self.used,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".new"))
+        self.checkpoint.with_suffix(".new").replace(self.checkpoint)
+
+    def _restore(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.parameters[0].device, weights_only=True)
+        for key, module in self.modules.items():
+            module.load_state_dict(state["modules"][key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.steps, self.used = state["average"], state["steps"], state["used"]
+
+    def _log(self) -> None:
+        means = {key: sum(values) / len(values) for key, values in self.sums.items()}
+        row = {"stage": self.name, "step": self.steps, "minutes": round(self.used / 60, 2), **means}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.sums.clear()

@@ -1,0 +1,62 @@
+"""The tiny text side: a word-level tokenizer and a two-layer `UMT5EncoderModel` for the captions of the world of shapes."""
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from longtake.zoo import world
+
+TEXT_TOKENS = 24  # rows that the transformer attends to, padding included
+SPECIAL = ("<pad>", "</s>", "<unk>")
+# Words that captions may use for a word of the world; training swaps them in now and then.
+SYNONYMS = {
+    "ball": ("circle", "disc"),
+    "moving": ("drifting", "gliding"),
+    "bouncing": ("jumping", "hopping"),
+    "background": ("backdrop",),
+    "a": ("one", "the"),
+    "on": ("over",),
+    "over": ("on",),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per known word, lower-cased; punctuation is dropped, other words become <unk>, </s> ends every prompt."""
+    known = {word for phrase, _, _ in world.BACKGROUNDS.values() for word in phrase.split()}
+    known |= {*world.COLOURS, *world.SHAPES, *world.MOTIONS, "a", "and", *SYNONYMS}
+    known |= {word for words in SYNONYMS.values() for word in words}
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(known)])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z]+"), " ")])
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build(vocabulary: int) -> UMT5EncoderModel:
+    """Untrained encoder of width 64."""
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_decoder_layers=0,
+        num_heads=4,
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        use_cache=False,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return UMT5EncoderModel(config)
+
+
+def embed(tokens: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, prompts: list[str]) -> torch.Tensor:
+    """Prompts -> [B, TEXT_TOKENS, 64]; the rows behind the end of a prompt are zero, as Wan has them."""
+    batch = tokens(prompts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    ids, mask = batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device)
+    return encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]

@@ -1,0 +1,117 @@
+"""The tiny video autoencoder: a stock `AutoencoderKLWan` with few channels, trained on the world of moving shapes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from longtake.zoo import world
+from longtake.zoo.stages import Stage
+
+Z_DIM = 6
+KL_WEIGHT = 1e-4
+
+
+def build() -> AutoencoderKLWan:
+    """Untrained, with strides 4 x 8 x 8 and a latent of Z_DIM channels."""
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=Z_DIM,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * Z_DIM,
+        latents_std=[1.0] * Z_DIM,
+    )
+    # Starting with a wide posterior would drown the first signals in noise: the mean is small at the start.
+    with torch.no_grad():
+        vae.quant_conv.weight[Z_DIM:] = 0.0
+        vae.quant_conv.bias[Z_DIM:] = -8.0
+    # Convolutions on CPU run up to twice as fast with the channels innermost.
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    return vae
+
+
+def to_pixels(video: np.ndarray) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in -1..1."""
+    return torch.from_numpy(video).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+def train(folder: Path, minutes: float, device: str, seed: int) -> AutoencoderKLWan:
+    """Reconstruction (squared error) with a faint KL term; short clips first, then clips of up to 33 frames."""
+    torch.manual_seed(seed)
+    vae = build().to(device)
+    stage = Stage("vae", folder, {"vae": vae}, minutes, 3e-3)
+    for share in stage:
+        rng = np.random.default_rng([seed, stage.steps])
+        # Decoder and encoder carry state from frame to frame, so they must see long clips before they can be trusted with them.
+        frames = int(rng.choice([5, 9] if share < 0.5 else [9, 17, 33]))
+        clips = [_clip(rng, frames) for _ in range(max(1, 36 // frames))]
+        pixels = to_pixels(np.stack(clips)).to(device)
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = _decode(vae, posterior.sample())
+        error = (decoded.float() - pixels).square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).float().mean()
+        psnr = 10 * float(torch.log10(4.0 / error.detach()))
+        stage.step(error + KL_WEIGHT * kl, psnr=psnr, kl=float(kl.detach()))
+    stage.finish()
+    _measure_latents(vae, seed, device)
+    return vae
+
+
+def encode(vae: AutoencoderKLWan, video: np.ndarray) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] -> normalised latents [B, Z, 1 + (T - 1) / 4, H / 8, W / 8], the posterior's mean."""
+    with torch.no_grad():
+        latents = vae.encode(to_pixels(video).to(vae.device)).latent_dist.mean
+    mean, std = (_per_channel(vae, name) for name in ("latents_mean", "latents_std"))
+    return (latents - mean) / std
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
+    """Normalised latents [B, Z, F, h, w] -> uint8 [B, 4 F - 3, H, W, 3]."""
+    mean, std = (_per_channel(vae, name) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        pixels = vae.decode(latents * std + mean).sample
+    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal to noise ratio of two uint8 arrays, in decibels."""
+    error = np.square(first.astype(np.float64) - second.astype(np.float64)).mean()
+    return float(10 * np.log10(255.0**2 / error))
+
+
+def _clip(rng: np.random.Generator, frames: int) -> np.ndarray:
+    return world.sample(int(rng.integers(1 << 30)), frames, int(rng.integers(1 << 12)))[0]
+
+
+def _decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    # Not vae.decode: it clamps to -1..1, and a clamped pixel has no gradient.
+    vae.clear_cache()
+    hidden, parts = vae.post_quant_conv(latents), []
+    for i in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        parts.append(vae.decoder(hidden[:, :, i : i + 1], vae._feat_map, vae._conv_idx, first_chunk=i == 0))
+    vae.clear_cache()
+    return torch.cat(parts, 2)
+
+
+def _measure_latents(vae: AutoencoderKLWan, seed: int, device: str) -> None:
+    rng = np.random.default_rng([seed, 1])
+    clips = to_pixels(np.stack([_clip(rng, 33) for _ in range(64)])).to(device)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in clips.split(8)])
+    vae.register_to_config(
+        latents_mean=[round(float(m), 5) for m in latents.mean((0, 2, 3, 4))],
+        latents_std=[round(float(s), 5) for s in latents.std((0, 2, 3, 4))],
+    )
+
+
+def _per_channel(vae: AutoencoderKLWan, name: str) -> torch.Tensor:
+    return torch.tensor(vae.config[name], device=vae.device).view(1, -1, 1, 1, 1)
