@@ -1,0 +1,1 @@
+"""Hosts, one file per model family: weights in, forward with a view."""

@@ -1,0 +1,1 @@
+"""Samplers: how a chunk comes out of noise."""

@@ -1,0 +1,133 @@
+"""What a session asks of a model: the contract of a host, and the settings that stand beside its weights."""
+
+from __future__ import annotations
+
+import json
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LongtakeError
+from ..geometry import Geometry
+from ..history import LayerView
+from ..rope import RotaryTable
+
+CONFIG_NAME = "longtake.json"
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """How a checkpoint is run: everything no weight file says. Stored as `longtake.json` beside the weights."""
+
+    host: str = "wan"
+    causal: bool = False
+    chunk_frames: int = 3  # latent frames generated together
+    timesteps: tuple[float, ...] = (1000, 750, 500, 250)  # nominal, before `shift`
+    shift: float = 5.0  # flow-matching shift: σ = s·u / (1 + (s−1)·u), t = 1000·σ
+    guidance_scale: float = 1.0  # 1: no guidance, one stream
+    fps: float = 16
+    height: int = 480
+    width: int = 832
+    text_tokens: int = 512  # the prompt is zero-padded to this length, and the padding is attended to
+    training_frames: int = 21  # latent frames of a training clip
+    window: int | None = None  # latent frames attended at inference, the chunk in flight included
+    sink: int | None = None
+    prompts: tuple[str, ...] = ()  # examples
+    about: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> HostConfig:
+        """Settings of a model folder. Raises LongtakeError if the file is there but unreadable."""
+        path = folder / CONFIG_NAME
+        try:
+            return cls.of(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise LongtakeError(f"{path}: not a readable model description ({error})") from error
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> HostConfig:
+        known = {f.name for f in fields(cls)}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known and v is not None}
+        return cls(**given)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"format": 1, **asdict(self)}
+
+
+class Decoder(Protocol):
+    """Latents to frames, a piece at a time; owns its state."""
+
+    def push(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, f, h, w] → uint8 frames [B, T, H, W, 3]."""
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass
+class TextState:
+    """What a prompt leaves behind: its embedding [B, T, d] and, per layer, cross-attention K/V [B, T, H, D]."""
+
+    embeds: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.embeds.nbytes + sum(t.nbytes for t in (*self.k, *self.v))
+
+
+class Host(ABC):
+    """An AR video model with its weights. Sessions share it; it keeps nothing of them between two calls."""
+
+    name: str
+    config: HostConfig
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rotary: RotaryTable
+    dtype: torch.dtype  # of activations and K/V
+    device: torch.device
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a model carries per-call state while a forward runs
+
+    @abstractmethod
+    def geometry(self, height: int | None = None, width: int | None = None) -> Geometry: ...
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [B, T, d] of prompts."""
+
+    @abstractmethod
+    def text_state(self, embeds: Tensor) -> TextState: ...
+
+    @abstractmethod
+    def positions(self, geometry: Geometry, frame: int, span: int) -> tuple[Tensor, Tensor]:
+        """Position of every token of the latent frames [frame, frame + span), and its step per frame of shift:
+        both [span · tokens_per_frame, axes] in fp64, frame-major."""
+
+    @abstractmethod
+    def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
+        """Velocity [B, C, f, h, w] of a chunk at `timestep` in 0 … 1000, its attention going through `layers`."""
+
+    @abstractmethod
+    def decoder(self) -> Decoder: ...
+
+    @abstractmethod
+    def encode_image(self, image: Tensor) -> Tensor:
+        """First-frame latents [B, C, 1, h, w] of images [B, 3, H, W] in [−1, 1]."""
+
+    @abstractmethod
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights held on the device, by component."""

@@ -1,0 +1,163 @@
+"""From what a user holds (a name, a folder, a Hub id, a pipeline object) to a host."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LongtakeError
+from .base import CONFIG_NAME, Host, HostConfig
+from .convert import FAMILIES
+from .wan import CausalWan
+
+# diffusers-format conversions of causal checkpoints on the Hub, which carry no longtake.json
+KNOWN_CAUSAL = {
+    "gueraf/Self-Forcing-diffusers": "self-forcing",
+    "toilaluan/self-forcing-diffusers": "self-forcing",
+}
+
+
+def embedded() -> dict[str, Path]:
+    """The models inside the package, by name."""
+    zoo = Path(str(resources.files("longtake") / "zoo"))
+    return {p.parent.name: p.parent for p in sorted(zoo.glob(f"*/{CONFIG_NAME}"))}
+
+
+def load(
+    source: str | Path | Any, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+    causal: bool | str | None = None, keep_text_encoder: bool = True,
+) -> Host:  # fmt: skip
+    """A host from the name of an embedded model, a folder in diffusers format, a Hub id, or a pipeline object.
+
+    `causal` says that the weights are causal when nothing else does: True (Self-Forcing's settings) or the name of a
+    family (self-forcing, causal-forcing, longlive, …). `dtype` defaults to bfloat16 on a GPU and float32 on a CPU;
+    `device` to the first GPU there is. With `keep_text_encoder=False` the text encoder is freed after its first use.
+
+    Raises LongtakeError for a missing or unreadable model, and for a bidirectional one.
+    """
+    if hasattr(source, "transformer") and hasattr(source, "vae"):
+        return _from_pipeline(source, causal)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(dtype, device)
+    name, found = str(source), embedded().get(str(source))
+    folder = found or Path(source).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise LongtakeError(f"{folder} is a file: turn a checkpoint into a model folder with `longtake convert {folder} OUT --base WAN`")
+        if not _looks_like_hub_id(name):
+            names = ", ".join(embedded()) or "none"
+            raise LongtakeError(f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id")
+        config = _config(name, None, causal)
+        folder = _download(name)
+    config = _config(name, folder, causal)
+    return _from_folder(folder, config, name, device, dtype, keep_text_encoder)
+
+
+def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostConfig:
+    if folder is not None and (folder / CONFIG_NAME).exists():
+        config = HostConfig.read(folder)
+        if config.causal:
+            return config
+    family = KNOWN_CAUSAL.get(name) if causal is None else ("self-forcing" if causal is True else causal)
+    if not family:
+        if folder is not None and not (folder / "model_index.json").exists() and not (folder / "transformer").is_dir():
+            raise LongtakeError(f"{folder} is not a model folder: it has no model_index.json and no transformer/")
+        raise LongtakeError(
+            f"{name} is a bidirectional model as far as its files say: a rollout needs causal weights. Known causal Hub ids: "
+            f"{', '.join(KNOWN_CAUSAL)}; convert a checkpoint with `longtake convert`; or say causal=True (--causal) if they are causal"
+        )
+    if family not in FAMILIES:
+        raise LongtakeError(f"causal={family!r}: use True or one of {', '.join(FAMILIES)}")
+    return _of_family(family)
+
+
+def _of_family(family: str) -> HostConfig:
+    f = FAMILIES[family]
+    return HostConfig(
+        causal=True, chunk_frames=f.chunk_frames, timesteps=tuple(f.timesteps), training_frames=f.training_frames,
+        window=f.window, sink=f.sink,
+    )  # fmt: skip
+
+
+def _from_folder(
+    folder: Path, config: HostConfig, name: str, device: torch.device, dtype: torch.dtype, keep_text_encoder: bool
+) -> Host:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    if config.host != "wan":
+        raise LongtakeError(f"{name}: host {config.host!r} is not known to this version; known: wan")
+    if not (folder / "transformer").is_dir():
+        raise LongtakeError(f"{folder} has no transformer/: a model folder in diffusers format is needed")
+    try:
+        options: dict[str, Any] = {"local_files_only": True}
+        transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype, **options)
+        vae = text_encoder = tokenizer = None
+        if (folder / "vae").is_dir():
+            vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options)
+        if (folder / "text_encoder").is_dir():
+            text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", **options)
+    except Exception as error:  # loaders raise anything from OSError to SafetensorError
+        raise LongtakeError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    for part in (transformer, vae, text_encoder):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    transformer.to(device)
+    if vae is not None:
+        vae.to(device)
+    if text_encoder is not None and keep_text_encoder:
+        text_encoder.to(device)
+    return CausalWan(
+        transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
+        free_text_encoder=not keep_text_encoder,
+    )  # fmt: skip
+
+
+def _from_pipeline(pipe: Any, causal: bool | str | None) -> Host:
+    kind = type(pipe.transformer).__name__
+    if kind != "WanTransformer3DModel":
+        raise LongtakeError(f"a pipeline with a {kind} is not supported: give one with a WanTransformer3DModel")
+    name = str(getattr(pipe.config, "_name_or_path", None) or getattr(pipe, "_name_or_path", "") or type(pipe).__name__)
+    folder = Path(name) if Path(name).is_dir() else None
+    config = _config(name, folder, causal)
+    for block in pipe.transformer.blocks:
+        if hasattr(block.attn1.processor, "view"):
+            raise LongtakeError("this pipeline's transformer already belongs to a session's host: share that host, or release it")
+    pipe.transformer.eval()
+    return CausalWan(
+        pipe.transformer, config, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, name=name
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["model_index.json", CONFIG_NAME, "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise LongtakeError(f"{name} cannot be fetched from the Hub: {_first_line(error)}") from error
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return bool(owner and model) and "/" not in model and not name.startswith((".", "/", "~"))
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise LongtakeError(f"dtype {dtype!r}: use one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,71 @@
+"""The contract of a KV policy: pure functions of a table of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from ..errors import LongtakeError
+from ..plan import FULL, BlockTable, Entry, HistoryShape, Plan, Signals
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """Decides what of the past is kept and seen.
+
+    A policy is a frozen dataclass: its fields are the method's configuration. It sees metadata and the scores it asked
+    for, never a model, a clock or a random generator of its own, so the same table gives the same plan.
+    Subclasses with a `name` are found by `longtake.policies.get(name)` and by the command line.
+    """
+
+    name: ClassVar[str] = ""
+    moment: ClassVar[str | None] = None  # when `score` is called: "commit", "first_step", "last_forward" or never
+    requires: ClassVar[frozenset[str]] = frozenset()  # what else is to be collected: "key_sums"
+
+    def plan(self, table: BlockTable, signals: Signals) -> Plan:
+        """What the chunks in flight see, and what is forgotten."""
+        raise NotImplementedError
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        """The method's formula, for one layer: rotated queries [B, Nq, Hq, D] against rotated keys [B, Nk, Hk, D].
+
+        For `Choose`, k is one key sum per candidate and the answer is [B, Nk]; for `Fuse` it is [B, Hk, Nk]; at a
+        named `moment` it is whatever `plan` wants to find in `signals.scores[layer]`.
+        """
+        raise NotImplementedError
+
+    def capacity(self, shape: HistoryShape) -> int | None:
+        """Most tokens held at once, the chunks in flight included, anchors of the host apart; None: grows with the take."""
+        raise NotImplementedError
+
+    def visible(self, shape: HistoryShape) -> int | None:
+        """Most tokens attended at once, the chunks in flight included; the capacity unless more is kept than shown."""
+        return self.capacity(shape)
+
+    def fit(self, budget: int, shape: HistoryShape) -> Self:
+        """This policy with its own parameters chosen so that what is held takes at most `budget` bytes.
+
+        Raises LongtakeError when even the smallest configuration does not fit."""
+        raise LongtakeError(f"{self.name or type(self).__name__} cannot be fitted to a byte budget")
+
+    def check(self, shape: HistoryShape) -> None:
+        """Raise LongtakeError, with advice, if this configuration cannot work for such a take."""
+
+    def covers(self, table: BlockTable) -> bool:
+        """Whether this policy now shows exactly what full history would: everything, whole, in place."""
+        if not table.complete:
+            return False
+        plan = self.plan(table, Signals())
+        if plan.drops or plan.live_shift or len(plan.entries) != len(table.blocks):
+            return False
+        return all(
+            isinstance(entry, Entry)
+            and entry.block == block.id
+            and entry.form == FULL
+            and (entry.tokens is None or len(entry.tokens) == block.forms[FULL].tokens)
+            and entry.shift == 0
+            and entry.log_weight == 0
+            for entry, block in zip(plan.entries, table.blocks, strict=True)
+        )

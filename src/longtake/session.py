@@ -1,0 +1,455 @@
+"""A session: one rollout (or several in lockstep) and all its state. The only place where model, policy, sampler and
+history meet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import LongtakeError, NonFiniteError
+from .geometry import Geometry
+from .history import History
+from .hosts.base import Decoder, Host, TextState
+from .hosts.loading import load
+from .plan import HistoryShape
+from .policies import KVPolicy, SlidingWindow
+from .reuse import NoReuse, ReusePolicy, ReuseState
+from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule, denoise
+
+
+@dataclass
+class ChunkStats:
+    """What one chunk cost. Seconds are wall clock; on a GPU they are exact because frames are copied to the host."""
+
+    index: int
+    frame: int  # first latent frame
+    latent_frames: int
+    pixel_frames: int
+    seconds: float  # everything from request to frames
+    forward_seconds: float  # denoising and commit forwards (on a GPU: until enqueued)
+    decode_seconds: float
+    attended_tokens: int  # history in view plus the chunk itself
+    history_bytes: int  # K/V rows in use
+    forwards: int  # computed, the commit pass included
+    reused: int
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Plan, view, bookkeeping: what is neither the model's forwards nor decoding."""
+        return self.seconds - self.forward_seconds - self.decode_seconds
+
+
+@dataclass
+class Chunk:
+    """A finished chunk. With a list of prompts, `frames` and `latents` carry the takes on their first axis."""
+
+    index: int
+    frames: Tensor | None  # uint8 [T, H, W, 3], or [B, T, H, W, 3]; None when the session does not decode
+    latents: Tensor  # fp32 [C, f, h, w], or [B, C, f, h, w]
+    stats: ChunkStats
+
+
+@dataclass
+class SessionStats:
+    """Totals so far."""
+
+    chunks: int = 0
+    pixel_frames: int = 0
+    seconds: float = 0.0
+    forwards: int = 0
+    reused: int = 0
+    last: ChunkStats | None = None
+
+    def add(self, chunk: ChunkStats) -> None:
+        self.chunks += 1
+        self.pixel_frames += chunk.pixel_frames
+        self.seconds += chunk.seconds
+        self.forwards += chunk.forwards
+        self.reused += chunk.reused
+        self.last = chunk
+
+
+@dataclass
+class _Stream:
+    """One guidance branch: its text, and its reuse state for the block in flight."""
+
+    text: TextState
+    reuse: ReuseState = field(default_factory=ReuseState)
+
+
+class Session:
+    """An endless iterator of chunks.
+
+    Args:
+        model: a host (`longtake.load`), anything `longtake.load` takes, or a diffusers pipeline object.
+        policy: KV policy; default: the window the model was made for.
+        reuse: reuse policy; default: every forward is computed.
+        prompt: a string, or a list of strings for takes in lockstep.
+        prompt_embeds / negative_prompt_embeds: [B, T, d] instead of prompts.
+        negative_prompt: for guidance; default empty.
+        image: first frame, float [3, H, W] or [B, 3, H, W] in [−1, 1]; it becomes latent frame 0.
+        seed: one number (takes in lockstep get seed, seed + 1, …) or one per take; or `generator`, as in diffusers.
+        height, width: pixels; default the model's.
+        num_inference_steps: default the model's own list of timesteps.
+        guidance_scale: 1 is no guidance and one stream.
+        chunks: an upper limit if it is known; the take then ends by itself, and full history is allocated at once.
+        residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
+        memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
+        decode: False yields latents only.
+        callback_on_step_end(session, step, timestep, {"latents": x}) → dict or None, may replace latents.
+        callback_on_chunk_end(session, index, {"frames", "latents", "stats"}) → dict or None.
+        noise: anything with `draw(channels, frames, height, width) → [B, C, f, h, w]`, instead of seeded noise.
+
+    Raises LongtakeError for inputs that cannot work, NonFiniteError when a chunk comes out with NaN or infinity (the
+    chunk is not committed: the session stands where it stood before).
+    """
+
+    def __init__(
+        self, model: Host | Any, policy: KVPolicy | None = None, *, reuse: ReusePolicy | None = None,
+        prompt: str | Sequence[str] | None = None, prompt_embeds: Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None, negative_prompt_embeds: Tensor | None = None,
+        image: Tensor | None = None, seed: int | Sequence[int] = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, chunks: int | None = None, residency: str = "resident",
+        memory_limit: int | None = None, decode: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
+    ) -> None:  # fmt: skip
+        self.host: Host = model if isinstance(model, Host) else load(model)
+        config = self.host.config
+        self.policy = policy or default_policy(self.host)
+        self.reuse = reuse or NoReuse()
+        self.geometry: Geometry = self.host.geometry(height, width)
+        self.chunks = chunks
+        self.guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        self.num_inference_steps = num_inference_steps
+        self.schedule = (
+            Schedule.shifted(config.timesteps, config.shift)
+            if num_inference_steps is None
+            else Schedule.of_steps(num_inference_steps, config.shift)
+        )
+        self.callback_on_step_end, self.callback_on_chunk_end = callback_on_step_end, callback_on_chunk_end
+
+        self._prompt, embeds = self._encode(prompt, prompt_embeds, "prompt")
+        self.batch = len(embeds)
+        self.lockstep = prompt_embeds is not None and self.batch > 1 or not (prompt is None or isinstance(prompt, str))
+        self._streams: dict[str, _Stream] = {"cond": _Stream(self.host.text_state(embeds))}
+        self._negative: str | list[str] = ""
+        if self.guidance_scale != 1:
+            given = "" if negative_prompt is None and negative_prompt_embeds is None else negative_prompt
+            self._negative, negative = self._encode(given, negative_prompt_embeds, "negative_prompt")
+            if len(negative) == 1:
+                negative = negative.expand(self.batch, -1, -1)
+            self._streams["uncond"] = _Stream(self.host.text_state(negative))
+        self._pending: TextState | None = None
+        if getattr(self.host, "free_text_encoder", False):
+            self.host.forget_text_encoder()  # type: ignore[attr-defined]
+
+        self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
+        self.history = self._make_history(residency, memory_limit)
+        self.decoder: Decoder | None = self.host.decoder() if decode else None
+        self.frame = 0  # next latent frame
+        self.index = 0  # next chunk
+        self.stats = SessionStats()
+        self._first_frames: Tensor | None = None
+        if image is not None:
+            self._begin_with(image)
+
+    # --- the rollout ----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Chunk:
+        if self.chunks is not None and self.index >= self.chunks:
+            raise StopIteration
+        started = time.perf_counter()
+        self._obey()
+        clock = _Clock()
+        rng = self._noise_state()
+        block = self._admit(self.geometry.chunk_frames)
+        try:
+            x0 = self._denoise(block, clock)
+            finite = torch.isfinite(x0).all()  # read only after the commit pass is on its way: no stall on a GPU
+            self._forward_all(x0, CLEAN_TIMESTEP, block, clock, write=True)
+            if not finite.item():
+                raise NonFiniteError(
+                    f"chunk {self.index} has NaN or infinite latents and was not committed; "
+                    "go back with Session.restore(snapshot), or try another seed or dtype"
+                )
+            attended = self.history.attended() + self.geometry.tokens_per_frame * self.geometry.chunk_frames
+            decode_started = time.perf_counter()
+            frames = self._decode(x0)
+            decode_seconds = time.perf_counter() - decode_started
+        except BaseException:
+            self.history.abandon(block)
+            self._restore_noise(rng)
+            raise
+        self.history.commit(block)
+        stats = ChunkStats(
+            self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
+            time.perf_counter() - started, clock.seconds, decode_seconds, attended, self.history.held_bytes,
+            clock.forwards, clock.reused,
+        )  # fmt: skip
+        self.frame += self.geometry.chunk_frames
+        self.index += 1
+        self.stats.add(stats)
+        chunk = Chunk(stats.index, _one(frames, self.lockstep), _one(x0, self.lockstep), stats)
+        if self.callback_on_chunk_end is not None:
+            given = {"frames": chunk.frames, "latents": chunk.latents, "stats": stats}
+            changed = self.callback_on_chunk_end(self, chunk.index, given) or {}
+            chunk.frames = changed.get("frames", chunk.frames)
+        return chunk
+
+    @property
+    def prompt(self) -> str | list[str]:
+        """The prompt in force from the next chunk on. Setting it keeps the history as it is."""
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str | Sequence[str]) -> None:
+        text, embeds = self._encode(prompt, None, "prompt")
+        if len(embeds) != self.batch:
+            raise LongtakeError(f"{len(embeds)} prompts for {self.batch} takes: give one for each")
+        self._prompt, self._pending = text, self.host.text_state(embeds)
+
+    def set_prompt_embeds(self, embeds: Tensor) -> None:
+        """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""
+        if len(embeds) != self.batch:
+            raise LongtakeError(f"{len(embeds)} prompt embeddings for {self.batch} takes: give one for each")
+        self._prompt, self._pending = "", self.host.text_state(embeds)
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held between two chunks, by part; `total` is their sum. Weights are the model's, not the session's."""
+        parts = self.history.memory()
+        parts["text"] = sum(stream.text.nbytes for stream in self._streams.values())
+        parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
+        parts["reuse"] = sum(
+            t.nbytes for s in self._streams.values() for t in (s.reuse.feature, s.reuse.carry) if t is not None
+        )
+        return {**parts, "total": sum(parts.values())}
+
+    def snapshot(self, path: Any) -> None:
+        """Write everything the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""
+        from .snapshot import save
+
+        save(self, path)
+
+    @classmethod
+    def restore(cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None) -> Session:
+        """A session as it was at `snapshot`. `policy` and `reuse` are needed only if they are not registered by name."""
+        from .snapshot import restore
+
+        return restore(cls, path, model, policy, reuse)
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _make_history(self, residency: str, memory_limit: int | None) -> History:
+        shape = history_shape(self.host, self.geometry, self.batch, len(self._streams))
+        self.policy.check(shape)
+        capacity, visible = self.policy.capacity(shape), self.policy.visible(shape)
+        if capacity is None and self.chunks is not None:  # full history of a take whose end is known
+            # one frame more than the chunks, for a first image
+            capacity = visible = self.chunks * shape.chunk_tokens + shape.tokens_per_frame
+        if memory_limit is not None and capacity is not None:
+            need = capacity * shape.token_bytes
+            view = (visible or 0) * shape.token_bytes
+            if residency == "resident" and need + view > memory_limit:
+                residency, view = "scratch", view // shape.layers
+            if need + view > memory_limit:
+                raise LongtakeError(
+                    f"{self.policy.name} needs {need + view} bytes of history and view, memory_limit is {memory_limit}: "
+                    "shrink the policy (policy.fit(bytes, shape)) or raise the limit"
+                )
+        scores = type(self.policy).score is not KVPolicy.score
+        return History(
+            shape, self.host.rotary, streams=tuple(self._streams), capacity=capacity, visible=visible,
+            residency=residency, score=self.policy.score if scores else None,
+            key_sums="key_sums" in self.policy.requires, dtype=self.host.dtype, device=self.host.device,
+        )  # fmt: skip
+
+    def _admit(self, span: int) -> int:
+        base, step = self.host.positions(self.geometry, self.frame, span)
+        block = self.history.admit(self.frame, span, (base, step), grid=self.geometry.grid)
+        try:
+            self.history.apply(self.policy.plan(self.history.table(), self.history.signals(self.index)))
+        except BaseException:
+            self.history.abandon(block)
+            raise
+        return block
+
+    def _denoise(self, block: int, clock: _Clock) -> Tensor:
+        height, width = self.geometry.latent_size
+        draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(self.host.device)
+        for stream in self._streams.values():
+            stream.reuse = ReuseState()
+
+        def velocity(x: Tensor, t: float, step: int) -> Tensor:
+            v = self._forward_all(x, t, block, clock, step=step)
+            if self.callback_on_step_end is not None:
+                changed = self.callback_on_step_end(self, step, t, {"latents": x}) or {}
+                if "latents" in changed:
+                    raise LongtakeError("callback_on_step_end cannot replace latents: few-step sampling renoises x0")
+            return v
+
+        return denoise(velocity, draw(0), self.schedule, draw)
+
+    def _forward_all(
+        self, x: Tensor, t: float, block: int, clock: _Clock, *, step: int | None = None, write: bool = False
+    ) -> Tensor:
+        """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream."""
+        steps = len(self.schedule.timesteps)
+        moment = self.policy.moment
+        observe = (
+            moment == "commit" and write
+            or moment == "first_step" and step == 0
+            or moment == "last_forward" and step == steps - 1
+        )  # fmt: skip
+        velocities: dict[str, Tensor] = {}
+        for name, stream in self._streams.items():
+            if step is not None and not self.reuse.compute(stream.reuse, x, t, step, steps):
+                if stream.reuse.carry is None:
+                    raise RuntimeError(f"{type(self.reuse).__name__} reuses step {step}, but nothing was computed before it")
+                velocities[name] = stream.reuse.carry
+                clock.reused += 1
+                continue
+            layers = self.history.layers(name, block, write=write, observe=observe)
+            with clock:
+                velocities[name] = self.host.forward(x, t, stream.text, layers)
+            if step is not None:
+                stream.reuse.computed += 1
+                if not isinstance(self.reuse, NoReuse):
+                    stream.reuse.carry = velocities[name]
+        cond = velocities["cond"]
+        if "uncond" not in velocities:
+            return cond
+        return velocities["uncond"] + self.guidance_scale * (cond - velocities["uncond"])
+
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        if self.decoder is None:
+            return None
+        with self.host.lock:
+            frames = self.decoder.push(latents).cpu()
+        if self._first_frames is not None:
+            frames = torch.cat((self._first_frames, frames), 1)
+            self._first_frames = None
+        return frames
+
+    @torch.no_grad()
+    def _begin_with(self, image: Tensor) -> None:
+        """Commit a given first image as latent frame 0; its pixel frame comes out with the first chunk."""
+        image = image if image.dim() == 4 else image[None]
+        size = (self.geometry.height, self.geometry.width)
+        if image.shape[1] != 3 or tuple(image.shape[2:]) != size or len(image) not in (1, self.batch):
+            raise LongtakeError(
+                f"image of shape {tuple(image.shape)}: give [3, {size[0]}, {size[1]}] or one per take, in [-1, 1]"
+            )
+        latents = self.host.encode_image(image).float().expand(self.batch, -1, -1, -1, -1)
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError("the first image encodes to NaN or infinite latents")
+        block = self._admit(1)
+        self._forward_all(latents, CLEAN_TIMESTEP, block, _Clock(), write=True)
+        self.history.commit(block)
+        self._first_frames = self._decode(latents)
+        self.frame = 1
+
+    def _obey(self) -> None:
+        """A prompt that was set since the last chunk comes into force."""
+        if self._pending is not None:
+            self._streams["cond"].text, self._pending = self._pending, None
+
+    def _encode(
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | None, name: str
+    ) -> tuple[str | list[str], Tensor]:
+        if embeds is not None:
+            if prompt:
+                raise LongtakeError(f"give {name} or {name}_embeds, not both")
+            config = self.host.config
+            if embeds.dim() != 3:
+                raise LongtakeError(f"{name}_embeds of shape {tuple(embeds.shape)}: give [B, {config.text_tokens}, d]")
+            return "", embeds
+        if prompt is None:
+            raise LongtakeError(f"a session needs {name}= or {name}_embeds=")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise LongtakeError(f"an empty list of prompts: give at least one {name}")
+        return (prompt if isinstance(prompt, str) else prompts), self.host.encode_prompt(prompts)
+
+    def _noise_state(self) -> list[Tensor]:
+        return self.noise.state() if isinstance(self.noise, NoiseSource) else []
+
+    def _restore_noise(self, state: list[Tensor]) -> None:
+        if isinstance(self.noise, NoiseSource):
+            self.noise.restore(state)
+
+
+class _Clock:
+    """Seconds spent in forwards, and how many there were."""
+
+    def __init__(self) -> None:
+        self.seconds, self.forwards, self.reused = 0.0, 0, 0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.forwards += 1
+
+
+def default_policy(host: Host) -> KVPolicy:
+    """The window a model was made for: its own setting, else its training length with one chunk as sink."""
+    config = host.config
+    frames = config.window or config.training_frames
+    sink = config.chunk_frames if config.sink is None else config.sink
+    return SlidingWindow(frames, min(sink, frames - config.chunk_frames))
+
+
+def history_shape(host: Host, geometry: Geometry, batch: int = 1, streams: int = 1) -> HistoryShape:
+    """The sizes a policy needs, of a take of `host` at `geometry`."""
+    itemsize = torch.empty((), dtype=host.dtype).element_size()
+    return HistoryShape(
+        host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
+        batch, streams,
+    )  # fmt: skip
+
+
+def generate(model: Host | Any, *, seconds: float | None = None, chunks: int | None = None, **options: Any) -> Session:
+    """A session that ends by itself after `seconds` of video, or after `chunks`; options as for `Session`."""
+    if (seconds is None) == (chunks is None):
+        raise LongtakeError("say how long: seconds= or chunks=, one of them")
+    host = model if isinstance(model, Host) else load(model)
+    if seconds is not None:
+        geometry = host.geometry(options.get("height"), options.get("width"))
+        chunks = geometry.chunks(seconds, given=0 if options.get("image") is None else 1)
+    if chunks is None or chunks < 1 or not math.isfinite(chunks):
+        raise LongtakeError(f"{chunks} chunks: ask for at least 1")
+    return Session(host, chunks=chunks, **options)
+
+
+def _generators(
+    seed: int | Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[torch.Generator]:
+    if generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != batch:
+            raise LongtakeError(f"{len(generators)} generators for {batch} takes: give one for each")
+        return generators
+    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise LongtakeError(f"{len(seeds)} seeds for {batch} takes: give one for each, or a single number")
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def _one(x: Any, lockstep: bool) -> Any:
+    return x if lockstep or x is None else x[0]

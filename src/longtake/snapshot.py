@@ -1,0 +1,206 @@
+"""Snapshots: a session at a chunk boundary as one safetensors file, and back, bit-exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import policies
+from .errors import LongtakeError
+from .history import History
+from .history.store import Rows
+from .hosts.base import Host
+from .hosts.loading import load
+from .plan import Block, Form
+from .policies import KVPolicy
+from .reuse import ReusePolicy
+
+if TYPE_CHECKING:
+    from .session import Session
+
+FORMAT = 1
+
+
+def environment() -> dict[str, str]:
+    """What a bit-exact continuation depends on beside the model."""
+    import diffusers
+
+    return {
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def save(session: Session, path: Any) -> None:
+    """Write to a temporary name beside `path`, then rename. Raises LongtakeError if it cannot be written."""
+    path = Path(path)
+    tensors, meta = _history_state(session.history)
+    for i, state in enumerate(session._noise_state()):
+        tensors[f"rng/{i}"] = state
+    for name, stream in session._streams.items():
+        tensors[f"text/{name}"] = stream.text.embeds
+    if session._pending is not None:
+        tensors["text/pending"] = session._pending.embeds
+    if session._first_frames is not None:
+        tensors["first_frames"] = session._first_frames
+    decoder_meta = None
+    if session.decoder is not None:
+        decoder, decoder_meta = session.decoder.state_dict()
+        tensors.update({f"decoder/{k}": v for k, v in decoder.items()})
+    description = {
+        "format": FORMAT, "environment": environment(), "host": session.host.name, "device": session.host.device.type,
+        "dtype": str(session.host.dtype),
+        "policy": policies.describe(session.policy), "reuse": [session.reuse.name, asdict(session.reuse)],
+        "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
+        "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
+        "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
+        "frame": session.frame, "index": session.index, "residency": session.history.residency,
+        "decoder": decoder_meta, "history": meta,
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"longtake": json.dumps(description)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise LongtakeError(f"the snapshot cannot be written to {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def restore(
+    cls: type[Session], path: Any, model: Host | Any, policy: KVPolicy | None, reuse: ReusePolicy | None
+) -> Session:
+    """See `Session.restore`."""
+    try:
+        with safe_open(path, "pt") as file:
+            description = json.loads((file.metadata() or {})["longtake"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
+    if description["format"] != FORMAT:
+        raise LongtakeError(f"{path} has snapshot format {description['format']}; this version reads {FORMAT}")
+    host = model if isinstance(model, Host) else load(model)
+    if str(host.dtype) != description["dtype"]:
+        raise LongtakeError(f"{path} was made with {description['dtype']} weights, the model has {host.dtype}: load it with that dtype")
+    now = {**environment(), "device": host.device.type}
+    then = {**description["environment"], "device": description["device"]}
+    if changed := {k: (v, now.get(k)) for k, v in then.items() if now.get(k) != v}:
+        listed = ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items())
+        warnings.warn(f"the snapshot was made in another environment ({listed}): the continuation may differ in rounding", stacklevel=3)
+    name, options = description["reuse"]
+    if reuse is None and name != "none":
+        raise LongtakeError(f"the snapshot was made with reuse policy {name} {options}: pass it as reuse=")
+    session = cls(
+        host, policy or policies.build(*description["policy"]), reuse=reuse,
+        prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
+        height=description["height"], width=description["width"],
+        num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
+        chunks=description["chunks"], residency=description["residency"], decode=description["decoder"] is not None,
+    )  # fmt: skip
+    session._prompt, session._negative = description["prompt"], description["negative"]
+    session.lockstep = description["lockstep"]
+    session.frame, session.index = description["frame"], description["index"]
+    session._first_frames = tensors.get("first_frames")
+    if "text/pending" in tensors:
+        session._pending = host.text_state(tensors["text/pending"])
+    session._restore_noise([tensors[f"rng/{i}"] for i in range(session.batch)])
+    if session.decoder is not None:
+        decoder = {k.removeprefix("decoder/"): v for k, v in tensors.items() if k.startswith("decoder/")}
+        session.decoder.load_state_dict(decoder, description["decoder"])
+    _restore_history(session.history, tensors, description["history"])
+    return session
+
+
+def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if history._live:
+        raise LongtakeError("a snapshot is taken between two chunks")
+    tensors: dict[str, Tensor] = {}
+    held: dict[str, list[Any]] = {}
+    for stream, store in history.stores.items():
+        used = store.used.nonzero()[:, 0]
+        at = used.to(store.k.device)
+        tensors[f"history/{stream}/used"] = used
+        for name in ("k", "v"):
+            tensors[f"history/{stream}/{name}"] = getattr(store, name).index_select(2, at)
+        for name in ("base", "step"):
+            tensors[f"history/{stream}/{name}"] = getattr(store, name).index_select(0, at)
+        held[stream] = []
+        for i, ((block, form), rows) in enumerate(store.held.items()):
+            present = [f.name for f in fields(Rows) if getattr(rows, f.name) is not None]
+            tensors.update({f"history/{stream}/held/{i}/{name}": getattr(rows, name) for name in present})
+            held[stream].append([block, form, present])
+    for layer, score in history._scores.items():
+        tensors[f"history/scores/{layer}"] = score
+    blocks = []
+    for i, b in enumerate(history.table().blocks):
+        forms = {}
+        for name, form in b.forms.items():
+            forms[name] = [form.tokens, _token_set(tensors, f"history/blocks/{i}/{name}", form.kept)]
+        blocks.append({
+            "id": b.id, "role": b.role, "frame": b.frame, "span": b.span, "grid": b.grid, "forms": forms,
+            "packable": _token_set(tensors, f"history/blocks/{i}.packable", b.packable),
+            "structural": _token_set(tensors, f"history/blocks/{i}.structural", b.structural),
+        })  # fmt: skip
+    sizes = {stream: store.size for stream, store in history.stores.items()}
+    return tensors, {
+        "held": held, "blocks": blocks, "frames_seen": history.frames_seen, "next_id": history._next_id,
+        "rows": sizes, "scores": sorted(history._scores),
+    }  # fmt: skip
+
+
+def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    for stream, store in history.stores.items():
+        if store.size < meta["rows"][stream]:
+            store.grow(meta["rows"][stream])
+            history._view_rows = max(history._view_rows, store.size)
+        used = tensors[f"history/{stream}/used"]
+        at = used.to(store.k.device)
+        store.used[used] = True
+        for name in ("k", "v"):
+            getattr(store, name).index_copy_(2, at, tensors[f"history/{stream}/{name}"].to(store.k.device))
+        for name in ("base", "step"):
+            getattr(store, name).index_copy_(0, at, tensors[f"history/{stream}/{name}"].to(store.k.device))
+        for i, (block, form, present) in enumerate(meta["held"][stream]):
+            values = {name: tensors[f"history/{stream}/held/{i}/{name}"] for name in present}
+            for name in set(present) - {"rows", "tokens"}:
+                values[name] = values[name].to(store.k.device)
+            store.held[(block, form)] = Rows(**values)
+    history._scores = {layer: tensors[f"history/scores/{layer}"].to(history.device) for layer in meta["scores"]}
+    for i, b in enumerate(meta["blocks"]):
+        forms = {
+            name: Form(tokens, _as_token_set(tensors, f"history/blocks/{i}/{name}", kept))
+            for name, (tokens, kept) in b["forms"].items()
+        }
+        history.blocks.append(Block(
+            b["id"], b["role"], b["frame"], b["span"], forms, tuple(b["grid"]),
+            _as_token_set(tensors, f"history/blocks/{i}.packable", b["packable"]),
+            _as_token_set(tensors, f"history/blocks/{i}.structural", b["structural"]),
+        ))  # fmt: skip
+    history.frames_seen, history._next_id = meta["frames_seen"], meta["next_id"]
+
+
+def _token_set(tensors: dict[str, Tensor], key: str, tokens: Any) -> Any:
+    """A token set as JSON: null, [start, stop, step], or "tensor" with the numbers stored under `key`."""
+    if tokens is None:
+        return None
+    if isinstance(tokens, range):
+        return [tokens.start, tokens.stop, tokens.step]
+    tensors[key] = tokens
+    return "tensor"
+
+
+def _as_token_set(tensors: dict[str, Tensor], key: str, stored: Any) -> Any:
+    if stored is None:
+        return None
+    return tensors[key] if stored == "tensor" else range(*stored)
