@@ -7,8 +7,8 @@ VAE's decoder as an argument; the cache that the VAE keeps for its own `encode` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-
+AutoencoderKLWan = Any  # of diffusers; its attributes come from base classes that type checkers cannot see into
 # The temporal upsampler writes this into its slot at the first latent frame; at the second it means "no past yet".
 _NO_PAST = "Rep"
 _SNAPSHOT_VERSION = 1
@@ -76,7 +74,7 @@ class StreamingDecoder:
         return torch.cat(list(self._pieces(latents)), dim=2)
 
     @torch.no_grad()
-    def _pieces(self, latents: Tensor):
+    def _pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the pixel frames of one latent frame after the other, each [B, 3, 1 or 4, H, W]."""
         self._check(latents)
         device, dtype = _awake(self.vae)
@@ -134,7 +132,7 @@ class StreamingDecoder:
         for i, slot in enumerate(self._cache):
             if isinstance(slot, Tensor):
                 tensors[f"slot.{i:03d}"] = slot.contiguous()
-                # Strides steer which convolution kernel runs: losing them can change the last bit of what follows.
+                # Strides can steer which convolution kernel runs: kept, so that a restored take runs the same ones.
                 slots.append(list(slot.stride()))
             else:
                 slots.append(slot)
