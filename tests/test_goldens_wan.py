@@ -20,7 +20,13 @@ def rollout(name: str, policy, residency: str = "resident", **changes):
     host = self_forcing_host(tensors, meta["config"])
     noise = Replay(tensors["inputs/noise"], tensors["inputs/fresh_noise"], meta["config"]["chunk_frames"])
     take = Session(
-        host, policy, prompt_embeds=tensors["inputs/text_embeds"], noise=noise, decode=False, residency=residency, **changes
+        host,
+        policy,
+        prompt_embeds=tensors["inputs/text_embeds"],
+        noise=noise,
+        decode=False,
+        residency=residency,
+        **changes,
     )
     expected = tensors["outputs/x0"]  # [chunk, B, f, C, h, w]
     errors = [float((next(take).latents - x0[0].transpose(0, 1)).abs().max()) for x0 in expected]

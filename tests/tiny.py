@@ -69,7 +69,9 @@ def tiny_wan(
         torch.nn.init.normal_(p, std=0.2)
     decoder = None
     if vae:
-        decoder = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+        decoder = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        )
         decoder.eval().requires_grad_(False)
     settings = HostConfig(
         causal=True, chunk_frames=chunk_frames, timesteps=tuple(timesteps), guidance_scale=guidance,

@@ -6,6 +6,7 @@ Shapes: queries [B, Nq, Hq, D], keys and values [B, Nk, Hk, D]; Hq is a multiple
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ def attend(
     *,
     bias: Tensor | None = None,
     causal: bool = False,
-    backend: str | None = None,
-    parallel_config: object = None,
+    backend: Any = None,
+    parallel_config: Any = None,
 ) -> Tensor:
     """Attention output [B, Nq, Hq, D]. `bias` [Nk] is added to the logits of each key (a log-weight).
 

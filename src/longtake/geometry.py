@@ -35,7 +35,9 @@ class Geometry:
         if self.chunk_frames < 1:
             raise LongtakeError(f"chunk of {self.chunk_frames} latent frames: a chunk has at least 1")
         if self.patch[0] != 1:
-            raise LongtakeError(f"temporal patch {self.patch[0]} is not supported: causal chunks need a temporal patch of 1")
+            raise LongtakeError(
+                f"temporal patch {self.patch[0]} is not supported: causal chunks need a temporal patch of 1"
+            )
 
     @property
     def latent_size(self) -> tuple[int, int]:

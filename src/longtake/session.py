@@ -246,7 +246,9 @@ class Session:
         save(self, path)
 
     @classmethod
-    def restore(cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None) -> Session:
+    def restore(
+        cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None
+    ) -> Session:
         """A session as it was at `snapshot`. `policy` and `reuse` are needed only if they are not registered by name."""
         from .snapshot import restore
 
@@ -290,7 +292,9 @@ class Session:
 
     def _denoise(self, block: int, clock: _Clock) -> Tensor:
         height, width = self.geometry.latent_size
-        draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(self.host.device)
+        draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(
+            self.host.device
+        )
         for stream in self._streams.values():
             stream.reuse = ReuseState()
 
@@ -319,7 +323,9 @@ class Session:
         for name, stream in self._streams.items():
             if step is not None and not self.reuse.compute(stream.reuse, x, t, step, steps):
                 if stream.reuse.carry is None:
-                    raise RuntimeError(f"{type(self.reuse).__name__} reuses step {step}, but nothing was computed before it")
+                    raise RuntimeError(
+                        f"{type(self.reuse).__name__} reuses step {step}, but nothing was computed before it"
+                    )
                 velocities[name] = stream.reuse.carry
                 clock.reused += 1
                 continue
@@ -333,7 +339,8 @@ class Session:
         cond = velocities["cond"]
         if "uncond" not in velocities:
             return cond
-        return velocities["uncond"] + self.guidance_scale * (cond - velocities["uncond"])
+        uncond = velocities["uncond"].float()
+        return uncond + self.guidance_scale * (cond.float() - uncond)
 
     def _decode(self, latents: Tensor) -> Tensor | None:
         if self.decoder is None:

@@ -92,12 +92,17 @@ def restore(
         raise LongtakeError(f"{path} has snapshot format {description['format']}; this version reads {FORMAT}")
     host = model if isinstance(model, Host) else load(model)
     if str(host.dtype) != description["dtype"]:
-        raise LongtakeError(f"{path} was made with {description['dtype']} weights, the model has {host.dtype}: load it with that dtype")
+        raise LongtakeError(
+            f"{path} was made with {description['dtype']} weights, the model has {host.dtype}: load it with that dtype"
+        )
     now = {**environment(), "device": host.device.type}
     then = {**description["environment"], "device": description["device"]}
     if changed := {k: (v, now.get(k)) for k, v in then.items() if now.get(k) != v}:
         listed = ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items())
-        warnings.warn(f"the snapshot was made in another environment ({listed}): the continuation may differ in rounding", stacklevel=3)
+        warnings.warn(
+            f"the snapshot was made in another environment ({listed}): the continuation may differ in rounding",
+            stacklevel=3,
+        )
     name, options = description["reuse"]
     if reuse is None and name != "none":
         raise LongtakeError(f"the snapshot was made with reuse policy {name} {options}: pass it as reuse=")
@@ -144,9 +149,10 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
         tensors[f"history/scores/{layer}"] = score
     blocks = []
     for i, b in enumerate(history.table().blocks):
-        forms = {}
-        for name, form in b.forms.items():
-            forms[name] = [form.tokens, _token_set(tensors, f"history/blocks/{i}/{name}", form.kept)]
+        forms = {
+            name: [form.tokens, _token_set(tensors, f"history/blocks/{i}/{name}", form.kept)]
+            for name, form in b.forms.items()
+        }
         blocks.append({
             "id": b.id, "role": b.role, "frame": b.frame, "span": b.span, "grid": b.grid, "forms": forms,
             "packable": _token_set(tensors, f"history/blocks/{i}.packable", b.packable),
@@ -178,12 +184,12 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             store.held[(block, form)] = Rows(**values)
     history._scores = {layer: tensors[f"history/scores/{layer}"].to(history.device) for layer in meta["scores"]}
     for i, b in enumerate(meta["blocks"]):
-        forms = {
+        held = {
             name: Form(tokens, _as_token_set(tensors, f"history/blocks/{i}/{name}", kept))
             for name, (tokens, kept) in b["forms"].items()
         }
         history.blocks.append(Block(
-            b["id"], b["role"], b["frame"], b["span"], forms, tuple(b["grid"]),
+            b["id"], b["role"], b["frame"], b["span"], held, tuple(b["grid"]),
             _as_token_set(tensors, f"history/blocks/{i}.packable", b["packable"]),
             _as_token_set(tensors, f"history/blocks/{i}.structural", b["structural"]),
         ))  # fmt: skip

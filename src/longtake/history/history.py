@@ -102,9 +102,7 @@ class History:
         per_stream = positions if isinstance(positions, Mapping) else dict.fromkeys(self.streams, positions)
         self._live[block] = _Live({(s, FULL): p for s, p in per_stream.items()})
         tokens = len(per_stream[self.streams[0]][0])
-        self.blocks.append(
-            Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural)
-        )
+        self.blocks.append(Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural))
         return block
 
     def add_form(self, block: int, form: str, positions: Positions | Mapping[str, Positions]) -> None:
@@ -273,7 +271,8 @@ class History:
             del self.blocks[at]
 
     def _lay_out(self, stream: str, plan: Plan, fusings: dict[int, dict[str, Fusing]]) -> StreamView:
-        store, parts, weights = self.stores[stream], [], []
+        store, weights = self.stores[stream], []
+        parts: list[Part] = []
         pending: list[tuple[Tensor, Tensor]] = []  # rows and shifts of adjacent plain entries: one gather for all
 
         def flush() -> None:
@@ -300,9 +299,8 @@ class History:
                 part = Chosen(store, self.rotary, candidates, frames, entry.k, entry.starts, self._score())
             else:
                 sources = [store.held[(b, FULL)] for b in entry.blocks]
-                part = Fusing(
-                    store, self.rotary, sources, entry.n, entry.shift, entry.sort, self._score() if entry.keep is None else None
-                )
+                score = self._score() if entry.keep is None else None
+                part = Fusing(store, self.rotary, sources, entry.n, entry.shift, entry.sort, score)
                 fusings.setdefault(at, {})[stream] = part
                 if entry.keep is not None:
                     for layer in range(self.shape.layers):
@@ -426,5 +424,5 @@ class History:
     def _abandon_open(self) -> None:
         for _, _, per_stream in self._fusing:
             if any(f.done for f in per_stream.values()):
-                raise RuntimeError("a new plan arrived while a fusing was half done: every stream and layer must run once")
+                raise RuntimeError("a new plan came while a fusing was half done: every stream and layer runs once")
         self._fusing = []

@@ -53,7 +53,10 @@ class HostConfig:
     @classmethod
     def of(cls, values: dict[str, Any]) -> HostConfig:
         known = {f.name for f in fields(cls)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known and v is not None}
+        given: dict[str, Any] = {k: v for k, v in values.items() if k in known and v is not None}
+        for key in ("timesteps", "prompts"):
+            if key in given:
+                given[key] = tuple(given[key])
         return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:

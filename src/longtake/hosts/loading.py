@@ -46,10 +46,14 @@ def load(
     folder = found or Path(source).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            raise LongtakeError(f"{folder} is a file: turn a checkpoint into a model folder with `longtake convert {folder} OUT --base WAN`")
+            raise LongtakeError(
+                f"{folder} is a file: turn a checkpoint into a model folder with `longtake convert {folder} OUT --base WAN`"
+            )
         if not _looks_like_hub_id(name):
             names = ", ".join(embedded()) or "none"
-            raise LongtakeError(f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id")
+            raise LongtakeError(
+                f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id"
+            )
         config = _config(name, None, causal)
         folder = _download(name)
     config = _config(name, folder, causal)
@@ -94,7 +98,9 @@ def _from_folder(
         raise LongtakeError(f"{folder} has no transformer/: a model folder in diffusers format is needed")
     try:
         options: dict[str, Any] = {"local_files_only": True}
-        transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype, **options)
+        transformer = WanTransformer3DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=dtype, **options
+        )
         vae = text_encoder = tokenizer = None
         if (folder / "vae").is_dir():
             vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options)
@@ -126,7 +132,9 @@ def _from_pipeline(pipe: Any, causal: bool | str | None) -> Host:
     config = _config(name, folder, causal)
     for block in pipe.transformer.blocks:
         if hasattr(block.attn1.processor, "view"):
-            raise LongtakeError("this pipeline's transformer already belongs to a session's host: share that host, or release it")
+            raise LongtakeError(
+                "this pipeline's transformer already belongs to a session's host: share that host, or release it"
+            )
     pipe.transformer.eval()
     return CausalWan(
         pipe.transformer, config, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, name=name
@@ -137,7 +145,15 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["model_index.json", CONFIG_NAME, "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+        patterns = [
+            "model_index.json",
+            CONFIG_NAME,
+            "transformer/*",
+            "vae/*",
+            "text_encoder/*",
+            "tokenizer/*",
+            "scheduler/*",
+        ]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise LongtakeError(f"{name} cannot be fetched from the Hub: {_first_line(error)}") from error

@@ -162,7 +162,9 @@ class CausalWan(Host):
 
     def positions(self, geometry: Geometry, frame: int, span: int) -> tuple[Tensor, Tensor]:
         rows, columns = geometry.grid
-        axes = [torch.arange(start, start + n, dtype=torch.float64) for start, n in ((frame, span), (0, rows), (0, columns))]
+        axes = [
+            torch.arange(start, start + n, dtype=torch.float64) for start, n in ((frame, span), (0, rows), (0, columns))
+        ]
         base = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
         step = torch.zeros_like(base)
         step[:, 0] = 1
@@ -200,7 +202,9 @@ class CausalWan(Host):
 
     def _vae(self) -> Any:
         if self.vae is None:
-            raise LongtakeError(f"{self.name} was loaded without a VAE: ask the session for latents only (decode=False)")
+            raise LongtakeError(
+                f"{self.name} was loaded without a VAE: ask the session for latents only (decode=False)"
+            )
         return self.vae
 
 

@@ -94,7 +94,9 @@ def _from_file(path: Path, name: str) -> type[KVPolicy]:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
         raise LongtakeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, KVPolicy) and v is not KVPolicy}
+    found = {
+        k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, KVPolicy) and v is not KVPolicy
+    }
     if name not in found:
         raise LongtakeError(f"{path} has no KVPolicy {name!r}; it has: {', '.join(found) or 'none'}")
     return found[name]

@@ -31,7 +31,11 @@ class Schedule:
     @classmethod
     def shifted(cls, nominal: Sequence[float], shift: float) -> Schedule:
         """Nominal timesteps u·1000 moved towards noise: σ = s·u / (1 + (s − 1)·u) (Self-Forcing: s = 5)."""
-        if not nominal or any(not 0 < t <= 1000 for t in nominal) or list(nominal) != sorted(set(nominal), reverse=True):
+        if (
+            not nominal
+            or any(not 0 < t <= 1000 for t in nominal)
+            or list(nominal) != sorted(set(nominal), reverse=True)
+        ):
             raise LongtakeError(f"timesteps {list(nominal)}: give falling values in (0, 1000]")
         u = [t / 1000 for t in nominal]
         return cls(tuple(1000 * shift * x / (1 + (shift - 1) * x) for x in u))
