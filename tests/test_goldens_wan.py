@@ -1,4 +1,4 @@
-"""Rollouts of the original authors' modules, reproduced on the stock diffusers classes: 1e-4 at every chunk, no growth."""
+"""Rollouts of the original authors' modules on the stock diffusers classes: 1e-4 at every chunk, no growth."""
 
 import pytest
 import torch

@@ -139,7 +139,7 @@ class Session:
 
         self._prompt, embeds = self._encode(prompt, prompt_embeds, "prompt")
         self.batch = len(embeds)
-        self.lockstep = prompt_embeds is not None and self.batch > 1 or not (prompt is None or isinstance(prompt, str))
+        self.lockstep = self.batch > 1 or not (prompt is None or isinstance(prompt, str))
         self._streams: dict[str, _Stream] = {"cond": _Stream(self.host.text_state(embeds))}
         self._negative: str | list[str] = ""
         if self.guidance_scale != 1:
@@ -240,7 +240,7 @@ class Session:
         return {**parts, "total": sum(parts.values())}
 
     def snapshot(self, path: Any) -> None:
-        """Write everything the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""
+        """Write all that the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""
         from .snapshot import save
 
         save(self, path)
@@ -249,7 +249,7 @@ class Session:
     def restore(
         cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None
     ) -> Session:
-        """A session as it was at `snapshot`. `policy` and `reuse` are needed only if they are not registered by name."""
+        """A session as it was at `snapshot`. `policy` and `reuse` are needed only if no name is registered for them."""
         from .snapshot import restore
 
         return restore(cls, path, model, policy, reuse)
@@ -270,7 +270,7 @@ class Session:
                 residency, view = "scratch", view // shape.layers
             if need + view > memory_limit:
                 raise LongtakeError(
-                    f"{self.policy.name} needs {need + view} bytes of history and view, memory_limit is {memory_limit}: "
+                    f"{self.policy.name} needs {need + view} bytes of history and view, the limit is {memory_limit}: "
                     "shrink the policy (policy.fit(bytes, shape)) or raise the limit"
                 )
         scores = type(self.policy).score is not KVPolicy.score
@@ -313,12 +313,8 @@ class Session:
     ) -> Tensor:
         """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream."""
         steps = len(self.schedule.timesteps)
-        moment = self.policy.moment
-        observe = (
-            moment == "commit" and write
-            or moment == "first_step" and step == 0
-            or moment == "last_forward" and step == steps - 1
-        )  # fmt: skip
+        moments = {"commit": write, "first_step": step == 0, "last_forward": step == steps - 1}
+        observe = moments.get(self.policy.moment or "", False)
         velocities: dict[str, Tensor] = {}
         for name, stream in self._streams.items():
             if step is not None and not self.reuse.compute(stream.reuse, x, t, step, steps):

@@ -3,7 +3,7 @@
 Life of a chunk:
 
     id = history.admit(frame, span, positions)     a live block is announced
-    history.apply(policy.plan(history.table(), history.signals()))     drops happen, rows are reserved, the view is laid out
+    history.apply(policy.plan(history.table(), signals))    drops happen, rows are reserved, the view is laid out
     history.layers(stream, id)                      S times: one LayerView per layer; the live tail is rewritten
     history.layers(stream, id, write=True)          the commit pass also stores the un-rotated K/V in the reserved rows
     history.commit(id)                              the block becomes part of the past
@@ -22,7 +22,18 @@ from torch import Tensor
 
 from ..errors import LongtakeError
 from ..plan import (
-    FULL, Block, BlockTable, Choose, Entry, Form, Fuse, HistoryShape, Plan, Signals, as_tensor, difference,
+    FULL,
+    Block,
+    BlockTable,
+    Choose,
+    Entry,
+    Form,
+    Fuse,
+    HistoryShape,
+    Plan,
+    Signals,
+    as_tensor,
+    difference,
 )  # fmt: skip
 from ..rope import RotaryTable
 from .store import Rows, Store, span
@@ -384,7 +395,7 @@ class History:
         whole = all(isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 for e in entries)
         if not whole or len(self._live) > 1 or view.n + len(held.rows) != used or not bool(store.used[:used].all()):
             raise LongtakeError(
-                "residency 'alias' works only while a policy moves and hides nothing; use residency='resident' or 'scratch'"
+                "residency 'alias' needs a policy that moves and hides nothing; use residency='resident' or 'scratch'"
             )
         at = span(held.rows)
         if not isinstance(at, slice):

@@ -7,6 +7,7 @@ rotation and one rounding (re-rotating bf16 keys in place reaches 3 % error afte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,4 +109,4 @@ def runs(rows: Tensor) -> list[tuple[int, slice]]:
     if not len(rows):
         return []
     cuts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
-    return [(a, slice(int(rows[a]), int(rows[a]) + b - a)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(a, slice(int(rows[a]), int(rows[a]) + b - a)) for a, b in pairwise(cuts)]

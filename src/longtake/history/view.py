@@ -1,4 +1,4 @@
-"""The plan made real: per layer, one contiguous K/V that attention reads, the planned history first, then the live tail.
+"""The plan made real: per layer, one contiguous K/V that attention reads, planned history first, then the live tail.
 
 Parts fill the history: `Plain` blocks (all heads share their tokens), `Fused` ones (tokens and positions per head), and
 the two open kinds that wait for the queries of a first forward, `Chosen` and `Fusing`. A part's size never depends on

@@ -47,7 +47,7 @@ def load(
     if not folder.is_dir():
         if folder.is_file():
             raise LongtakeError(
-                f"{folder} is a file: turn a checkpoint into a model folder with `longtake convert {folder} OUT --base WAN`"
+                f"{folder} is a file: make a model folder of a checkpoint with `longtake convert {folder} OUT --base WAN`"
             )
         if not _looks_like_hub_id(name):
             names = ", ".join(embedded()) or "none"
@@ -70,8 +70,9 @@ def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostCo
         if folder is not None and not (folder / "model_index.json").exists() and not (folder / "transformer").is_dir():
             raise LongtakeError(f"{folder} is not a model folder: it has no model_index.json and no transformer/")
         raise LongtakeError(
-            f"{name} is a bidirectional model as far as its files say: a rollout needs causal weights. Known causal Hub ids: "
-            f"{', '.join(KNOWN_CAUSAL)}; convert a checkpoint with `longtake convert`; or say causal=True (--causal) if they are causal"
+            f"{name} is a bidirectional model as far as its files say, a rollout needs causal weights: use "
+            f"{' or '.join(KNOWN_CAUSAL)}, convert a checkpoint with `longtake convert`, or say causal=True (--causal) "
+            "if these weights are causal"
         )
     if family not in FAMILIES:
         raise LongtakeError(f"causal={family!r}: use True or one of {', '.join(FAMILIES)}")
@@ -112,11 +113,11 @@ def _from_folder(
     for part in (transformer, vae, text_encoder):
         if part is not None:
             part.requires_grad_(False).eval()
-    transformer.to(device)
+    transformer.to(device=device)
     if vae is not None:
         vae.to(device)
     if text_encoder is not None and keep_text_encoder:
-        text_encoder.to(device)
+        text_encoder.to(device=device)  # type: ignore[call-arg]
     return CausalWan(
         transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
         free_text_encoder=not keep_text_encoder,

@@ -128,7 +128,7 @@ class CausalWan(Host):
         if self.text_encoder is None or self.tokenizer is None:
             raise LongtakeError(
                 f"{self.name} has no text encoder (any more): pass prompt_embeds of shape "
-                f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}], or load with keep_text_encoder=True"
+                f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}], or keep it (keep_text_encoder=True)"
             )
         tokens = self.tokenizer(
             [_clean(p) for p in prompts], padding="max_length", max_length=self.config.text_tokens, truncation=True,

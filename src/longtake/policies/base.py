@@ -37,7 +37,7 @@ class KVPolicy:
         raise NotImplementedError
 
     def capacity(self, shape: HistoryShape) -> int | None:
-        """Most tokens held at once, the chunks in flight included, anchors of the host apart; None: grows with the take."""
+        """Most tokens held at once, chunks in flight included, anchors of the host apart; None: it grows."""
         raise NotImplementedError
 
     def visible(self, shape: HistoryShape) -> int | None:

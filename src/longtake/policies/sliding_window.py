@@ -77,6 +77,6 @@ class SlidingWindow(KVPolicy):
         least = self.sink + shape.chunk_frames
         if self.frames < least:
             raise LongtakeError(
-                f"window of {self.frames} frames with sink {self.sink}: the chunk in flight takes {shape.chunk_frames}, "
+                f"window of {self.frames} frames with sink {self.sink}: the chunk takes {shape.chunk_frames}, "
                 f"so use frames={least} or more"
             )
