@@ -148,9 +148,8 @@ class Session:
             if len(negative) == 1:
                 negative = negative.expand(self.batch, -1, -1)
             self._streams["uncond"] = _Stream(self.host.text_state(negative))
+        self.host.prompts_encoded()
         self._pending: TextState | None = None
-        if getattr(self.host, "free_text_encoder", False):
-            self.host.forget_text_encoder()  # type: ignore[attr-defined]
 
         self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
         self.history = self._make_history(residency, memory_limit)
@@ -220,6 +219,7 @@ class Session:
         if len(embeds) != self.batch:
             raise LongtakeError(f"{len(embeds)} prompts for {self.batch} takes: give one for each")
         self._prompt, self._pending = text, self.host.text_state(embeds)
+        self.host.prompts_encoded()
 
     def set_prompt_embeds(self, embeds: Tensor) -> None:
         """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""

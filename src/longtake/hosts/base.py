@@ -112,6 +112,9 @@ class Host(ABC):
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, T, d] of prompts."""
 
+    def prompts_encoded(self) -> None:  # noqa: B027 (most hosts have nothing to do)
+        """The session needs no more prompts encoded for now: the text encoder may leave the device."""
+
     @abstractmethod
     def text_state(self, embeds: Tensor) -> TextState: ...
 

@@ -11,7 +11,7 @@ import torch
 from ..errors import LongtakeError
 from .base import CONFIG_NAME, Host, HostConfig
 from .convert import FAMILIES
-from .wan import CausalWan
+from .wan import TEXT_ENCODER_FATES, CausalWan
 
 # diffusers-format conversions of causal checkpoints on the Hub, which carry no longtake.json
 KNOWN_CAUSAL = {
@@ -28,13 +28,14 @@ def embedded() -> dict[str, Path]:
 
 def load(
     source: str | Path | Any, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-    causal: bool | str | None = None, keep_text_encoder: bool = True,
+    causal: bool | str | None = None, text_encoder: str = "offload",
 ) -> Host:  # fmt: skip
     """A host from the name of an embedded model, a folder in diffusers format, a Hub id, or a pipeline object.
 
     `causal` says that the weights are causal when nothing else does: True (Self-Forcing's settings) or the name of a
     family (self-forcing, causal-forcing, longlive, …). `dtype` defaults to bfloat16 on a GPU and float32 on a CPU;
-    `device` to the first GPU there is. With `keep_text_encoder=False` the text encoder is freed after its first use.
+    `device` to the first GPU there is. `text_encoder` says what becomes of it after a prompt is encoded: "offload" keeps
+    it in host memory, "keep" on the device (UMT5-XXL: 11 GB), "free" nowhere, so that no prompt can follow.
 
     Raises LongtakeError for a missing or unreadable model, and for a bidirectional one.
     """
@@ -47,7 +48,7 @@ def load(
     if not folder.is_dir():
         if folder.is_file():
             raise LongtakeError(
-                f"{folder} is a file: make a model folder of a checkpoint with `longtake convert {folder} OUT --base WAN`"
+                f"{folder} is a file: make a model folder of it with `longtake convert {folder} OUT --base WAN`"
             )
         if not _looks_like_hub_id(name):
             names = ", ".join(embedded()) or "none"
@@ -57,7 +58,7 @@ def load(
         config = _config(name, None, causal)
         folder = _download(name)
     config = _config(name, folder, causal)
-    return _from_folder(folder, config, name, device, dtype, keep_text_encoder)
+    return _from_folder(folder, config, name, device, dtype, text_encoder)
 
 
 def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostConfig:
@@ -88,11 +89,13 @@ def _of_family(family: str) -> HostConfig:
 
 
 def _from_folder(
-    folder: Path, config: HostConfig, name: str, device: torch.device, dtype: torch.dtype, keep_text_encoder: bool
+    folder: Path, config: HostConfig, name: str, device: torch.device, dtype: torch.dtype, after_encoding: str
 ) -> Host:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
+    if after_encoding not in TEXT_ENCODER_FATES:
+        raise LongtakeError(f"text_encoder={after_encoding!r}: use one of {', '.join(TEXT_ENCODER_FATES)}")
     if config.host != "wan":
         raise LongtakeError(f"{name}: host {config.host!r} is not known to this version; known: wan")
     if not (folder / "transformer").is_dir():
@@ -116,11 +119,9 @@ def _from_folder(
     transformer.to(device=device)
     if vae is not None:
         vae.to(device)
-    if text_encoder is not None and keep_text_encoder:
-        text_encoder.to(device=device)  # type: ignore[call-arg]
     return CausalWan(
         transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
-        free_text_encoder=not keep_text_encoder,
+        after_encoding=after_encoding,
     )  # fmt: skip
 
 

@@ -26,6 +26,9 @@ from ..rope import wan_table
 from .base import Host, HostConfig, TextState
 
 
+TEXT_ENCODER_FATES = ("offload", "keep", "free")  # after a prompt is encoded
+
+
 class _Processor:
     """What the two processors share: the attributes diffusers sets, and the stock processor to fall back to."""
 
@@ -83,7 +86,7 @@ class CausalWan(Host):
 
     def __init__(
         self, transformer: Any, config: HostConfig, *, vae: Any = None, text_encoder: Any = None, tokenizer: Any = None,
-        name: str = "wan", free_text_encoder: bool = False,
+        name: str = "wan", after_encoding: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         wan = transformer.config
@@ -94,7 +97,7 @@ class CausalWan(Host):
             )
         self.name, self.config = name, config
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
-        self.free_text_encoder = free_text_encoder
+        self.after_encoding = after_encoding  # None: the encoder stays wherever its owner put it
         self.layers, self.kv_heads, self.head_dim = wan.num_layers, wan.num_attention_heads, wan.attention_head_dim
         self.rotary = wan_table(self.head_dim)
         # the fp32 islands (norms, time embedder) are diffusers' own choice; the patch embedding has the working type
@@ -127,23 +130,30 @@ class CausalWan(Host):
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise LongtakeError(
-                f"{self.name} has no text encoder (any more): pass prompt_embeds of shape "
-                f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}], or keep it (keep_text_encoder=True)"
+                f"{self.name} has no text encoder (any more): pass prompt_embeds of shape [prompts, "
+                f"{self.config.text_tokens}, {self.transformer.config.text_dim}], or load it with text_encoder='offload'"
             )
         tokens = self.tokenizer(
             [_clean(p) for p in prompts], padding="max_length", max_length=self.config.text_tokens, truncation=True,
             add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
-        mask = tokens.attention_mask.to(self.text_encoder.device)
-        embeds = self.text_encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
-        embeds = embeds * mask.unsqueeze(-1).to(embeds)  # padding is zero, and attended to
-        return embeds.to(self.device, self.dtype)
+        with self.lock:
+            if self.after_encoding is not None:
+                self.text_encoder.to(self.device)
+            mask = tokens.attention_mask.to(self.text_encoder.device)
+            embeds = self.text_encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
+            embeds = embeds * mask.unsqueeze(-1).to(embeds)  # padding is zero, and attended to
+            return embeds.to(self.device, self.dtype)
 
-    def forget_text_encoder(self) -> None:
-        """Free the text encoder (11 GB in bf16 for UMT5-XXL) once the prompts are encoded."""
-        self.text_encoder = None
-        gc.collect()
-        if self.device.type == "cuda":
+    def prompts_encoded(self) -> None:
+        if self.text_encoder is None:
+            return
+        if self.after_encoding == "offload" and self.device.type != "cpu":
+            self.text_encoder.to("cpu")
+        elif self.after_encoding == "free":
+            self.text_encoder = None
+            gc.collect()
+        if self.after_encoding in ("offload", "free") and self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.no_grad()
