@@ -34,7 +34,7 @@ def load(
 
     `causal` says that the weights are causal when nothing else does: True (Self-Forcing's settings) or the name of a
     family (self-forcing, causal-forcing, longlive, …). `dtype` defaults to bfloat16 on a GPU and float32 on a CPU;
-    `device` to the first GPU there is. `text_encoder` says what becomes of it after a prompt is encoded: "offload" keeps
+    `device` to the first GPU there is. `text_encoder` says what becomes of it once prompts are encoded: "offload" keeps
     it in host memory, "keep" on the device (UMT5-XXL: 11 GB), "free" nowhere, so that no prompt can follow.
 
     Raises LongtakeError for a missing or unreadable model, and for a bidirectional one.

@@ -25,7 +25,6 @@ from ..history import LayerView
 from ..rope import wan_table
 from .base import Host, HostConfig, TextState
 
-
 TEXT_ENCODER_FATES = ("offload", "keep", "free")  # after a prompt is encoded
 
 
@@ -131,7 +130,7 @@ class CausalWan(Host):
         if self.text_encoder is None or self.tokenizer is None:
             raise LongtakeError(
                 f"{self.name} has no text encoder (any more): pass prompt_embeds of shape [prompts, "
-                f"{self.config.text_tokens}, {self.transformer.config.text_dim}], or load it with text_encoder='offload'"
+                f"{self.config.text_tokens}, {self.transformer.config.text_dim}], or load with text_encoder='offload'"
             )
         tokens = self.tokenizer(
             [_clean(p) for p in prompts], padding="max_length", max_length=self.config.text_tokens, truncation=True,
@@ -183,6 +182,10 @@ class CausalWan(Host):
     @torch.no_grad()
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
         batch = latents.shape[0]
+        if (
+            self.transformer.blocks[0].attn1.processor is not self._self[0]
+        ):  # the chunk would be generated without its past
+            raise LongtakeError(f"{self.name}: this host was released; make a new one with longtake.load")
         with self.lock:
             try:
                 for i, view in enumerate(layers):
