@@ -86,7 +86,9 @@ class Block:
         return form is not None and form.count == form.tokens
 
     def of_frames(self, first: int, last: int, form: str = FULL) -> TokenSet:
-        """Tokens of the latent frames [first, last) that the form still owns."""
+        """Tokens of the latent frames [first, last) that the form still owns; none of a text's."""
+        if not self.span:
+            return range(0)
         tokens, owned = self.forms[form].tokens, self.forms[form].owned
         per_frame = tokens // self.span
         span = range(
@@ -202,7 +204,7 @@ def difference(a: TokenSet, b: TokenSet) -> TokenSet:
 
 
 def as_tensor(tokens: TokenSet) -> Tensor:
-    return torch.arange(tokens.start, tokens.stop, tokens.step) if isinstance(tokens, range) else tokens
+    return tokens.start + tokens.step * torch.arange(len(tokens)) if isinstance(tokens, range) else tokens
 
 
 def pack_right(entries: Sequence[tuple[Entry, int, int]], anchor: int) -> list[Entry]:

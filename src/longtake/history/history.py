@@ -137,7 +137,9 @@ class History:
                     self._make_room(len(base))
                     self.stores[stream].take((block, form), base, step)
             live.phases = {
-                key: self.rotary.phases(base.to(self.device) + plan.live_shift * step.to(self.device))
+                key: self.rotary.phases(  # in fp64: whole-number positions would meet a float shift in fp32
+                    base.to(self.device, torch.float64) + plan.live_shift * step.to(self.device, torch.float64)
+                )
                 for key, (base, step) in live.positions.items()
             }
         self._plan = plan

@@ -40,7 +40,12 @@ class LayerView:
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str | None = None,
         parallel_config: object = None,
     ) -> Tensor:  # fmt: skip
-        """q [B, N, Hq, D], k and v [B, N, Hk, D], after any QK norm and before rotation → output [B, N, Hq, D]."""
+        """q [B, N, Hq, D], k and v [B, N, Hk, D], after any QK norm and before rotation → output [B, N, Hq, D].
+
+        `causal` is for a pass with nothing before it (a text prefix): with a past, the mask has the wrong corner."""
+        if causal and self.k.shape[1] != k.shape[1]:
+            past = self.k.shape[1] - k.shape[1]
+            raise RuntimeError(f"a causal pass of {k.shape[1]} tokens sees {past} before it: it must come first")
         q = self.rotary.rotate(q, self.phases)
         if self.prepare is not None:
             self.prepare(q)
