@@ -159,6 +159,19 @@ def test_ctrl_c_at_any_moment_leaves_every_frame_written_so_far(tmp_path, delay)
     assert os.listdir(tmp_path) == ["take.mp4"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_impatient_second_ctrl_c_does_not_cost_the_file(tmp_path):
+    path = tmp_path / "take.mp4"
+    child = in_child(WRITE_UNTIL_INTERRUPTED, path)
+    assert child.stdout.readline() == "writing\n", child.communicate(timeout=60)[1]
+    for _ in range(2):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    child.communicate(timeout=60)
+    assert len(read_video(path)) >= 60
+    assert os.listdir(tmp_path) == ["take.mp4"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit, LongtakeError])
 def test_any_other_exception_leaves_nothing(tmp_path, error):
     with pytest.raises(error), Mp4Writer(tmp_path / "take.mp4", fps=16, height=48, width=64) as video:

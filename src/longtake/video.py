@@ -69,7 +69,8 @@ class Mp4Writer:
         self._closed = False
         self._error: LongtakeError | None = None
         self._file = _PendingFile(self.path)
-        weakref.finalize(self, self._file.discard)  # a writer that nobody closed leaves no fragment behind
+        self._opened: list[Any] = []
+        weakref.finalize(self, _drop, self._opened, self._file)  # a writer that nobody closed leaves no fragment behind
         # PyAV's objects; its types do not tell a video stream from others.
         self._container: Any
         self._stream: Any
@@ -100,14 +101,15 @@ class Mp4Writer:
         """Finish the file and give it its name; again, it does nothing. Raises LongtakeError if there are no frames."""
         if not self._closed:
             self._closed = True
-            self._call(self._finish)
+            self._call(self._finish, True)
             self._thread.shutdown()
 
     def discard(self) -> None:
         """Remove what has been written; after this the writer is closed."""
         if not self._closed:
             self._closed = True
-            self._thread.submit(self._file.discard).result()  # behind an encode that Ctrl-C may have left running
+            # Behind an encode that Ctrl-C may have left running.
+            self._thread.submit(_drop, self._opened, self._file).result()
             self._thread.shutdown()
 
     def __enter__(self) -> Mp4Writer:
@@ -116,9 +118,12 @@ class Mp4Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        # The count is asked of the thread, so that it includes an encode that is still running.
-        if kind is None or (interrupted and not self._closed and self._thread.submit(lambda: self.frames).result()):
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._closed:
+            # One job for all of it: a second Ctrl-C while waiting here cannot stop it half-way.
+            self._closed = True
+            self._call(self._finish, False)
+            self._thread.shutdown()
+        elif kind is None:
             self.close()
         else:
             self.discard()
@@ -136,7 +141,7 @@ class Mp4Writer:
         try:
             work(*args)
         except BaseException as error:
-            self._file.discard()
+            _drop(self._opened, self._file)
             if isinstance(error, LongtakeError):
                 self._error = error
                 raise
@@ -151,6 +156,7 @@ class Mp4Writer:
 
         # A buffered file, because a bare one may take half a block on a full disk and call that a success.
         self._container = av.open(self._file.file, "w", format="mp4")
+        self._opened.append(self._container)
         given = {key: str(value) for key, value in options.items() if value is not None}
         try:
             if av.Codec(codec, "w").type != "video":
@@ -188,8 +194,10 @@ class Mp4Writer:
             self._container.mux(self._stream.encode(frame))
             self.frames += 1
 
-    def _finish(self) -> None:
+    def _finish(self, frames_expected: bool) -> None:
         if self.frames == 0:
+            if not frames_expected:
+                return _drop(self._opened, self._file)
             raise LongtakeError(f"no frames were written to {self.path}, so no file was made; write at least one")
         self._container.mux(self._stream.encode(None))
         self._container.close()
@@ -199,7 +207,7 @@ class Mp4Writer:
 def read_video(path: str | os.PathLike[str]) -> Frames:
     """All frames of a video file, uint8 [T, H, W, 3] RGB. Raises LongtakeError if it is missing, damaged, no video."""
     import av
-    from av.video.reformatter import VideoReformatter
+    from av.video.reformatter import Colorspace, VideoReformatter
 
     reformat: Callable[..., Any] = VideoReformatter().reformat
     frames: list[Frames] = []
@@ -210,7 +218,10 @@ def read_video(path: str | os.PathLike[str]) -> Frames:
                 raise LongtakeError(f"{os.fspath(path)} holds no video stream; give a video file such as an MP4")
             for frame in container.decode(video=0):
                 height, width = frames[0].shape[:2] if frames else (frame.height, frame.width)
-                frames.append(reformat(frame, width, height, "rgb24").to_ndarray())
+                # Named, because older PyAV (15) heeds the frame's tag only where source and target differ.
+                matrix = Colorspace.ITU709 if frame.colorspace == _BT709 else None
+                rgb = reformat(frame, width, height, "rgb24", src_colorspace=matrix, dst_colorspace=Colorspace.ITU601)
+                frames.append(rgb.to_ndarray())
     except (OSError, ValueError, av.FFmpegError) as error:
         if isinstance(error, LongtakeError):
             raise
@@ -349,6 +360,14 @@ class _PendingFile:
             self.file.close()
         with contextlib.suppress(OSError):
             self._hidden.unlink(missing_ok=True)
+
+
+def _drop(opened: list[Any], file: _PendingFile) -> None:
+    """Close the containers, then remove the file: the other way round, older PyAV (15) crashes on collection."""
+    for container in opened:
+        with contextlib.suppress(Exception):  # its last words on a full disk
+            container.close()
+    file.discard()
 
 
 def _as_array(frames: Any) -> NDArray[Any]:
