@@ -102,8 +102,9 @@ class Session:
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
         decode: False yields latents only.
-        callback_on_step_end(session, step, timestep, {"latents": x}) → dict or None, may replace latents.
-        callback_on_chunk_end(session, index, {"frames", "latents", "stats"}) → dict or None.
+        callback_on_step_end(session, step, timestep, {"latents": x0}) → dict or None; x0 [B, C, f, h, w] is the step's
+            prediction of the finished chunk, and {"latents": …} replaces it.
+        callback_on_chunk_end(session, index, {"frames", "latents", "stats"}) → dict or None; may replace the frames.
         noise: anything with `draw(channels, frames, height, width) → [B, C, f, h, w]`, instead of seeded noise.
 
     Raises LongtakeError for inputs that cannot work, NonFiniteError when a chunk comes out with NaN or infinity (the
@@ -124,6 +125,12 @@ class Session:
     ) -> None:  # fmt: skip
         self.host: Host = model if isinstance(model, Host) else load(model)
         config = self.host.config
+        if not isinstance(policy, KVPolicy | None) or not isinstance(reuse, ReusePolicy | None):
+            raise LongtakeError(
+                f"policy={policy!r}, reuse={reuse!r}: give policy objects, e.g. policy=SlidingWindow(21, sink=3), or None"
+            )
+        if chunks is not None and chunks < 1:
+            raise LongtakeError(f"{chunks} chunks: ask for at least 1, or None for an endless take")
         self.policy = policy or default_policy(self.host)
         self.reuse = reuse or NoReuse()
         self.geometry: Geometry = self.host.geometry(height, width)
@@ -145,8 +152,9 @@ class Session:
         if self.guidance_scale != 1:
             given = "" if negative_prompt is None and negative_prompt_embeds is None else negative_prompt
             self._negative, negative = self._encode(given, negative_prompt_embeds, "negative_prompt")
-            if len(negative) == 1:
-                negative = negative.expand(self.batch, -1, -1)
+            if len(negative) not in (1, self.batch):
+                raise LongtakeError(f"{len(negative)} negative prompts for {self.batch} takes: give one, or one for each")
+            negative = negative.expand(self.batch, -1, -1)
             self._streams["uncond"] = _Stream(self.host.text_state(negative))
         self.host.prompts_encoded()
         self._pending: TextState | None = None
@@ -223,6 +231,7 @@ class Session:
 
     def set_prompt_embeds(self, embeds: Tensor) -> None:
         """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""
+        _, embeds = self._encode(None, embeds, "prompt")
         if len(embeds) != self.batch:
             raise LongtakeError(f"{len(embeds)} prompt embeddings for {self.batch} takes: give one for each")
         self._prompt, self._pending = "", self.host.text_state(embeds)
@@ -232,8 +241,10 @@ class Session:
     def memory(self) -> dict[str, int]:
         """Bytes held between two chunks, by part; `total` is their sum. Weights are the model's, not the session's."""
         parts = self.history.memory()
-        parts["text"] = sum(stream.text.nbytes for stream in self._streams.values())
+        texts = [stream.text for stream in self._streams.values()] + ([self._pending] if self._pending else [])
+        parts["text"] = sum(text.nbytes for text in texts)
         parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
+        parts["decoder"] += self._first_frames.nbytes if self._first_frames is not None else 0
         parts["reuse"] = sum(
             t.nbytes for s in self._streams.values() for t in (s.reuse.feature, s.reuse.carry) if t is not None
         )
@@ -263,14 +274,20 @@ class Session:
         if capacity is None and self.chunks is not None:  # full history of a take whose end is known
             # one frame more than the chunks, for a first image
             capacity = visible = self.chunks * shape.chunk_tokens + shape.tokens_per_frame
-        if memory_limit is not None and capacity is not None:
-            need = capacity * shape.token_bytes
-            view = (visible or 0) * shape.token_bytes
-            if residency == "resident" and need + view > memory_limit:
-                residency, view = "scratch", view // shape.layers
-            if need + view > memory_limit:
+        if memory_limit is not None:
+            if capacity is None or visible is None:
                 raise LongtakeError(
-                    f"{self.policy.name} needs {need + view} bytes of history and view, the limit is {memory_limit}: "
+                    f"the memory of {self.policy.name} grows with the take, so memory_limit={memory_limit} cannot be kept: "
+                    "say how long it is (chunks=), or use a bounded policy"
+                )
+            view = visible * shape.token_bytes
+            views = {"resident": view, "scratch": view // (shape.layers * shape.streams), "alias": 0}
+            if residency == "resident" and capacity * shape.token_bytes + view > memory_limit:
+                residency = "scratch"
+            need = capacity * shape.token_bytes + views.get(residency, 0)
+            if need > memory_limit:
+                raise LongtakeError(
+                    f"{self.policy.name} needs {need} bytes of history and view, memory_limit is {memory_limit}: "
                     "shrink the policy (policy.fit(bytes, shape)) or raise the limit"
                 )
         scores = type(self.policy).score is not KVPolicy.score
@@ -299,14 +316,19 @@ class Session:
             stream.reuse = ReuseState()
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            v = self._forward_all(x, t, block, clock, step=step)
-            if self.callback_on_step_end is not None:
-                changed = self.callback_on_step_end(self, step, t, {"latents": x}) or {}
-                if "latents" in changed:
-                    raise LongtakeError("callback_on_step_end cannot replace latents: few-step sampling renoises x0")
-            return v
+            return self._forward_all(x, t, block, clock, step=step)
 
-        return denoise(velocity, draw(0), self.schedule, draw)
+        def predicted(x0: Tensor, t: float, step: int) -> Tensor:
+            if self.callback_on_step_end is None:
+                return x0
+            given = (self.callback_on_step_end(self, step, t, {"latents": x0}) or {}).get("latents", x0)
+            if given.shape != x0.shape:
+                raise LongtakeError(
+                    f"callback_on_step_end gave latents of shape {tuple(given.shape)}, the chunk has {tuple(x0.shape)}"
+                )
+            return given.to(x0)
+
+        return denoise(velocity, draw(0), self.schedule, draw, predicted)
 
     def _forward_all(
         self, x: Tensor, t: float, block: int, clock: _Clock, *, step: int | None = None, write: bool = False
@@ -351,12 +373,11 @@ class Session:
     @torch.no_grad()
     def _begin_with(self, image: Tensor) -> None:
         """Commit a given first image as latent frame 0; its pixel frame comes out with the first chunk."""
-        image = image if image.dim() == 4 else image[None]
-        size = (self.geometry.height, self.geometry.width)
-        if image.shape[1] != 3 or tuple(image.shape[2:]) != size or len(image) not in (1, self.batch):
-            raise LongtakeError(
-                f"image of shape {tuple(image.shape)}: give [3, {size[0]}, {size[1]}] or one per take, in [-1, 1]"
-            )
+        size = (3, self.geometry.height, self.geometry.width)
+        given = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        if given != size and given not in ((1, *size), (self.batch, *size)):
+            raise LongtakeError(f"image {given}: give a float tensor {list(size)} in [-1, 1], or one such per take")
+        image = image.reshape(-1, *size)
         latents = self.host.encode_image(image).float().expand(self.batch, -1, -1, -1, -1)
         if not torch.isfinite(latents).all():
             raise NonFiniteError("the first image encodes to NaN or infinite latents")
@@ -377,9 +398,9 @@ class Session:
         if embeds is not None:
             if prompt:
                 raise LongtakeError(f"give {name} or {name}_embeds, not both")
-            config = self.host.config
-            if embeds.dim() != 3:
-                raise LongtakeError(f"{name}_embeds of shape {tuple(embeds.shape)}: give [B, {config.text_tokens}, d]")
+            given = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            if not isinstance(embeds, Tensor) or embeds.dim() != 3 or 0 in embeds.shape:
+                raise LongtakeError(f"{name}_embeds {given}: give a tensor [B, {self.host.config.text_tokens}, d]")
             return "", embeds
         if prompt is None:
             raise LongtakeError(f"a session needs {name}= or {name}_embeds=")

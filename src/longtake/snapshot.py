@@ -25,6 +25,7 @@ from .hosts.loading import load
 from .plan import Block, Form
 from .policies import KVPolicy
 from .reuse import ReusePolicy
+from .samplers.chunked import NoiseSource
 
 if TYPE_CHECKING:
     from .session import Session
@@ -45,8 +46,10 @@ def environment() -> dict[str, str]:
 def save(session: Session, path: Any) -> None:
     """Write to a temporary name beside `path`, then rename. Raises LongtakeError if it cannot be written."""
     path = Path(path)
+    if not isinstance(session.noise, NoiseSource):
+        raise LongtakeError("a session with noise= of its own cannot be snapshotted: its state is not the session's")
     tensors, meta = _history_state(session.history)
-    for i, state in enumerate(session._noise_state()):
+    for i, state in enumerate(session.noise.state()):
         tensors[f"rng/{i}"] = state
     for name, stream in session._streams.items():
         tensors[f"text/{name}"] = stream.text.embeds
@@ -66,11 +69,11 @@ def save(session: Session, path: Any) -> None:
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
-        "decoder": decoder_meta, "history": meta,
+        "decoder": decoder_meta, "history": meta, "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"longtake": json.dumps(description)})
+        save_file(_apart(tensors), temporary, {"longtake": json.dumps(description)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise LongtakeError(f"the snapshot cannot be written to {path}: {error}") from error
@@ -110,6 +113,7 @@ def restore(
         host, policy or policies.build(*description["policy"]), reuse=reuse,
         prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
         height=description["height"], width=description["width"],
+        generator=[torch.Generator(device) for device in description["generators"]],
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decoder"] is not None,
     )  # fmt: skip
@@ -123,8 +127,31 @@ def restore(
     if session.decoder is not None:
         decoder = {k.removeprefix("decoder/"): v for k, v in tensors.items() if k.startswith("decoder/")}
         session.decoder.load_state_dict(decoder, description["decoder"])
+    _check_fits(session.history, tensors, path)
     _restore_history(session.history, tensors, description["history"])
     return session
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: safetensors refuses to write shared ones (one embedding given twice)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        at = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if at in seen or tensor.nbytes < tensor.untyped_storage().nbytes() else tensor
+        seen.add(at)
+    return result
+
+
+def _check_fits(history: History, tensors: dict[str, Tensor], path: Any) -> None:
+    for stream, store in history.stores.items():
+        k = tensors[f"history/{stream}/k"]
+        ours, theirs = ((*t.shape[:2], *t.shape[3:]) for t in (store.k, k))
+        if ours != theirs:
+            raise LongtakeError(
+                f"{path} holds keys of (layers, takes, heads, channels) {theirs}, this model makes {ours}: it is another model's"
+            )
 
 
 def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]:

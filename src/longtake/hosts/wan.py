@@ -157,6 +157,11 @@ class CausalWan(Host):
 
     @torch.no_grad()
     def text_state(self, embeds: Tensor) -> TextState:
+        if embeds.shape[-1] != self.transformer.config.text_dim:
+            raise LongtakeError(
+                f"prompt embeddings of shape {tuple(embeds.shape)}: {self.name} takes [prompts, {self.config.text_tokens}, "
+                f"{self.transformer.config.text_dim}]"
+            )
         text = self.transformer.condition_embedder.text_embedder(embeds.to(self.device, self.dtype))
         k, v = [], []
         for block in self.transformer.blocks:

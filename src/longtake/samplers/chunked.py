@@ -49,15 +49,17 @@ class Schedule:
 
 
 def denoise(
-    velocity: Callable[[Tensor, float, int], Tensor], x: Tensor, schedule: Schedule, fresh: Callable[[int], Tensor]
-) -> Tensor:
+    velocity: Callable[[Tensor, float, int], Tensor], x: Tensor, schedule: Schedule, fresh: Callable[[int], Tensor],
+    predicted: Callable[[Tensor, float, int], Tensor] = lambda x0, t, step: x0,
+) -> Tensor:  # fmt: skip
     """A chunk from noise x [B, C, f, h, w] to x0, in fp32.
 
-    `velocity(x, t, step)` is one forward; `fresh(step)` the noise added after that step, shaped like x.
+    `velocity(x, t, step)` is one forward; `fresh(step)` the noise added after that step, shaped like x;
+    `predicted(x0, t, step)` sees the step's prediction and says what to go on with.
     """
     sigmas = schedule.sigmas
     for step, (t, sigma) in enumerate(zip(schedule.timesteps, sigmas, strict=True)):
-        x0 = (x.double() - sigma * velocity(x, t, step).double()).float()
+        x0 = predicted((x.double() - sigma * velocity(x, t, step).double()).float(), t, step)
         if step + 1 == len(sigmas):
             return x0
         x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * fresh(step).to(x0)
