@@ -127,7 +127,7 @@ class Session:
         config = self.host.config
         if not isinstance(policy, KVPolicy | None) or not isinstance(reuse, ReusePolicy | None):
             raise LongtakeError(
-                f"policy={policy!r}, reuse={reuse!r}: give policy objects, e.g. policy=SlidingWindow(21, sink=3), or None"
+                f"policy={policy!r}, reuse={reuse!r}: give policy objects, e.g. SlidingWindow(21, sink=3), or None"
             )
         if chunks is not None and chunks < 1:
             raise LongtakeError(f"{chunks} chunks: ask for at least 1, or None for an endless take")
@@ -153,7 +153,7 @@ class Session:
             given = "" if negative_prompt is None and negative_prompt_embeds is None else negative_prompt
             self._negative, negative = self._encode(given, negative_prompt_embeds, "negative_prompt")
             if len(negative) not in (1, self.batch):
-                raise LongtakeError(f"{len(negative)} negative prompts for {self.batch} takes: give one, or one for each")
+                raise LongtakeError(f"{len(negative)} negative prompts for {self.batch} takes: give one, or one each")
             negative = negative.expand(self.batch, -1, -1)
             self._streams["uncond"] = _Stream(self.host.text_state(negative))
         self.host.prompts_encoded()
@@ -277,7 +277,7 @@ class Session:
         if memory_limit is not None:
             if capacity is None or visible is None:
                 raise LongtakeError(
-                    f"the memory of {self.policy.name} grows with the take, so memory_limit={memory_limit} cannot be kept: "
+                    f"memory_limit={memory_limit} cannot be kept, {self.policy.name} grows with the take: "
                     "say how long it is (chunks=), or use a bounded policy"
                 )
             view = visible * shape.token_bytes

@@ -133,13 +133,13 @@ def restore(
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: safetensors refuses to write shared ones (one embedding given twice)."""
+    """The tensors, each with memory of its own: safetensors refuses shared ones (one embedding given twice)."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         at = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if at in seen or tensor.nbytes < tensor.untyped_storage().nbytes() else tensor
+        result[name] = tensor.clone() if at in seen else tensor
         seen.add(at)
     return result
 
@@ -150,7 +150,7 @@ def _check_fits(history: History, tensors: dict[str, Tensor], path: Any) -> None
         ours, theirs = ((*t.shape[:2], *t.shape[3:]) for t in (store.k, k))
         if ours != theirs:
             raise LongtakeError(
-                f"{path} holds keys of (layers, takes, heads, channels) {theirs}, this model makes {ours}: it is another model's"
+                f"{path} is another model's: its keys are {theirs} (layers, takes, heads, channels), this one's {ours}"
             )
 
 

@@ -159,8 +159,8 @@ class CausalWan(Host):
     def text_state(self, embeds: Tensor) -> TextState:
         if embeds.shape[-1] != self.transformer.config.text_dim:
             raise LongtakeError(
-                f"prompt embeddings of shape {tuple(embeds.shape)}: {self.name} takes [prompts, {self.config.text_tokens}, "
-                f"{self.transformer.config.text_dim}]"
+                f"prompt embeddings of shape {tuple(embeds.shape)}: {self.name} takes "
+                f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}]"
             )
         text = self.transformer.condition_embedder.text_embedder(embeds.to(self.device, self.dtype))
         k, v = [], []
