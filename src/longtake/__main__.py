@@ -1,0 +1,5 @@
+"""`python -m longtake` is `longtake`."""
+
+from .cli import main
+
+main()

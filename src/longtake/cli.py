@@ -1,0 +1,44 @@
+"""The command line. One file per command in `commands/`; none of them imports torch before it needs it, so that
+`longtake --help` answers at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .commands.convert import convert
+from .commands.demo import demo
+from .commands.generate import generate
+from .commands.listing import models, policies
+from .commands.shell import guarded
+
+app = typer.Typer(
+    name="longtake", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longtake {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def longtake(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Autoregressive video of any length in bounded memory."""
+
+
+for command in (generate, demo, convert, models, policies):
+    app.command()(guarded(command))
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 the model failed, 2 wrong input or full disk, 130 stopped by Ctrl-C."""
+    app()

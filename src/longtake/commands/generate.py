@@ -1,0 +1,234 @@
+"""`longtake generate`: one take into an MP4, frames written as they are made."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import LongtakeError
+from . import options, shell
+from .take import report_text, roll
+
+if TYPE_CHECKING:
+    from ..hosts.base import Host
+    from ..policies import KVPolicy
+    from ..reuse import ReusePolicy
+    from ..session import Session
+
+
+def generate(
+    output: options.Output,
+    prompt: options.Prompt = None,
+    model: options.Model = None,
+    policy: options.Policy = None,
+    reuse: options.Reuse = "none",
+    size: options.Size = None,
+    seconds: options.Seconds = None,
+    chunks: options.Chunks = None,
+    seed: options.Seed = None,
+    image: options.Picture = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = None,
+    prompt_switch: options.PromptSwitch = None,
+    memory: options.Memory = None,
+    residency: options.Residency = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    causal: options.Causal = False,
+    family: options.CausalFamily = None,
+    latents: options.Latents = None,
+    snapshot: options.Snapshot = None,
+    resume: options.Resume = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Generate one take and write it to an MP4 file.
+
+    Ctrl-C ends the take after the chunk in flight, twice at once; either way the file holds what was made and plays.
+    """
+    if output.suffix.lower() != ".mp4":
+        raise LongtakeError(f"output {output}: an MP4 is written, so let the name end in .mp4")
+    for path, what in ((output, "output"), (latents, "latents"), (snapshot, "snapshot")):
+        if path is not None:
+            shell.check_file(path, what)
+    fixed = {
+        "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
+        "guidance": guidance, "negative": negative, "memory": memory, "residency": residency,
+    }  # fmt: skip
+    if resume is not None and (given := [f"--{name}" for name, value in fixed.items() if value is not None]):
+        raise LongtakeError(f"{', '.join(given)}: the snapshot of --resume settles that; leave it out")
+    if prompt is None and resume is None:
+        raise LongtakeError('a take needs a prompt: longtake generate "a red ball bouncing" -o take.mp4')
+    if steps is not None and steps < 1:
+        raise LongtakeError(f"{steps} steps: a chunk needs at least 1")
+    if seconds is not None and chunks is not None:
+        raise LongtakeError("--seconds and --chunks: give one of them")
+    if chunks is not None and chunks < 1:
+        raise LongtakeError(f"{chunks} chunks: ask for at least 1")
+    seconds = options.DEFAULT_SECONDS if seconds is None else seconds
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise LongtakeError(f"{seconds:g} seconds: ask for a length above 0")
+    height, width = shell.parse_size(size)
+    switches = [parse_switch(text) for text in prompt_switch or ()]
+    budget = None if memory is None else shell.parse_bytes(memory)
+
+    from ..policies import parse
+    from ..session import Session
+
+    kv_policy = None if policy is None else parse(policy)
+    reuse_policy = parse_reuse(reuse)
+    shell.check_device(device)
+    if image is not None:
+        from ..video import read_image
+
+        read_image(image)  # before the model is loaded, which may take minutes
+    told = {} if resume is None else described(resume)
+    started = time.perf_counter()
+    shell.hush()
+    host = load_host(model or told.get("host") or options.DEFAULT_MODEL, device, dtype, family or causal or None)
+    load_seconds = time.perf_counter() - started
+
+    if resume is not None:
+        take = restored(resume, host, kv_policy)
+        if prompt is not None:
+            take.prompt = prompt
+    else:
+        if budget is not None:
+            kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
+        geometry = host.geometry(height, width)
+        if chunks is None:
+            chunks = geometry.chunks(seconds, given=0 if image is None else 1)
+        take = Session(
+            host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
+            image=None if image is None else first_frame(image, geometry.height, geometry.width),
+            height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+            residency=residency or "resident", chunks=None if snapshot else chunks,  # a snapshot's take may go on
+        )  # fmt: skip
+    before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
+    if chunks is None:  # the length of the continuation
+        chunks = take.geometry.chunks(seconds + before / take.geometry.fps, given=take.frame)
+    if take.chunks is not None and take.index + chunks > take.chunks:
+        raise LongtakeError(
+            f"{chunks} chunks more: this snapshot's take was begun with {take.chunks} in all and ends in "
+            f"{take.chunks - take.index}; ask for that many, or begin it without chunks="
+        )
+    total = take.geometry.pixel_frames(take.frame + chunks * take.geometry.chunk_frames) - before
+    check_switches(switches, total - take.geometry.chunk_frames * take.geometry.stride[0], take.geometry.fps)
+
+    made = roll(take, chunks, switches, output, latents)
+    if snapshot is not None and made.whole:
+        take.snapshot(snapshot)
+    report = {
+        "output": str(output) if made.frames else None, "status": made.status, "model": host.name,
+        "policy": spec(take.policy), "reuse": take.reuse.name,
+        "prompt": take.prompt, "seed": None if resume else seed or 0,
+        "width": take.geometry.width, "height": take.geometry.height, "fps": take.geometry.fps,
+        "device": str(host.device), "dtype": str(host.dtype).removeprefix("torch."), "load_seconds": load_seconds,
+        **made.figures(take), "latents": str(latents) if latents and made.frames else None,
+        "snapshot": str(snapshot) if snapshot and made.whole else None,
+    }  # fmt: skip
+    shell.answer(report, report_text(report), as_json)
+    if made.status == "interrupted":
+        if snapshot is not None and not made.whole:
+            shell.say("no snapshot was written: the second Ctrl-C cut into a chunk")
+        raise typer.Exit(shell.INTERRUPTED)
+    if made.error is not None:
+        shell.fail(str(made.error), shell.FAILED)
+
+
+def load_host(model: str, device: str | None, dtype: str | None, causal: bool | str | None) -> Host:
+    """`longtake.load`, with the option's name in the advice."""
+    from ..hosts.loading import load
+
+    return load(model, device=device, dtype=dtype, causal=causal)
+
+
+def fitted(
+    policy: KVPolicy | None, budget: int, host: Host, height: int | None, width: int | None, guidance: float | None
+) -> KVPolicy:
+    """The policy (default: the model's) with its own parameters chosen for `budget` bytes of history."""
+    from ..session import default_policy, history_shape
+
+    scale = host.config.guidance_scale if guidance is None else guidance
+    shape = history_shape(host, host.geometry(height, width), streams=1 if scale == 1 else 2)
+    return (policy or default_policy(host)).fit(budget, shape)
+
+
+def first_frame(path: Path, height: int, width: int) -> Any:
+    """A picture as the first frame of a take: float [3, H, W] in [-1, 1]."""
+    import torch
+
+    from ..video import read_image
+
+    return torch.from_numpy(read_image(path, (height, width))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a snapshot says of itself. Raises LongtakeError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {})["longtake"]))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
+
+
+def restored(path: Path, host: Host, policy: KVPolicy | None) -> Session:
+    """The snapshot's session, provided that it fits the model and the policy."""
+    from ..session import Session
+
+    try:
+        return Session.restore(path, host, policy)
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise LongtakeError(f"snapshot {path} does not fit model {host.name} and this policy: {error}") from error
+
+
+def parse_switch(text: str) -> tuple[float, str]:
+    """`SECONDS:PROMPT` to its two parts."""
+    at, colon, prompt = text.partition(":")
+    try:
+        seconds = float(at)
+    except ValueError:
+        seconds = math.nan
+    if not colon or not prompt.strip() or not (seconds >= 0 and math.isfinite(seconds)):
+        raise LongtakeError(f'prompt switch {text!r}: write SECONDS:PROMPT, e.g. "2.5:a red ball at night"')
+    return seconds, prompt.strip()
+
+
+def check_switches(switches: list[tuple[float, str]], last_start: int, fps: float) -> None:
+    """Put the switches in order; raise LongtakeError for one that no chunk would obey any more."""
+    switches.sort(key=lambda switch: switch[0])
+    if switches and switches[-1][0] > last_start / fps:
+        raise LongtakeError(
+            f"prompt switch at {switches[-1][0]:g} s comes too late: the last chunk starts at "
+            f"{last_start / fps:.2f} s; set it earlier or make the take longer"
+        )
+
+
+def parse_reuse(name: str) -> ReusePolicy:
+    """A reuse policy by the name of its class. Raises LongtakeError for an unknown one."""
+    from ..reuse import ReusePolicy
+
+    def named(cls: type[ReusePolicy]) -> dict[str, type[ReusePolicy]]:
+        own = {cls.name: cls} if cls.name else {}
+        return own | {k: v for sub in cls.__subclasses__() for k, v in named(sub).items()}
+
+    known = named(ReusePolicy)
+    if name not in known:
+        raise LongtakeError(f"no reuse policy {name!r}; known: {', '.join(sorted(known))}")
+    return known[name]()
+
+
+def spec(policy: KVPolicy) -> str:
+    """A policy as `--policy` takes it; one without a name by its class."""
+    from ..policies import describe
+
+    name, options = describe(policy)
+    values = ",".join(f"{key}={value}" for key, value in options.items())
+    return f"{name or type(policy).__name__}{':' if values else ''}{values}"

@@ -1,0 +1,99 @@
+"""The options of the command line, as types: signatures in `commands/` name them, `--help` says these words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+DEFAULT_MODEL = "tiny-wan"
+DEFAULT_SECONDS = 5.0
+
+Output = Annotated[Path, Option("--output", "-o", help="The MP4 to write; it appears when it is complete.")]
+Prompt = Annotated[str | None, Argument(help="What to see; with --resume, what to see from now on.")]
+Model = Annotated[
+    str | None,
+    Option(
+        "--model", "-m",
+        help="An embedded model, a folder in diffusers format, or a Hub id.", show_default=DEFAULT_MODEL,
+    ),
+]  # fmt: skip
+Policy = Annotated[
+    str | None,
+    Option(
+        "--policy", "-p",
+        help="What of the past is kept and seen: NAME[:key=value,…] (see `longtake policies`) or my_file.py:MyPolicy.",
+        show_default="the window the model was made for",
+    ),
+]  # fmt: skip
+Reuse = Annotated[str, Option(help="Which forwards reuse an earlier result.")]
+Size = Annotated[str | None, Option(metavar="WxH", help="Pixels.", show_default="the model's")]
+Seconds = Annotated[
+    float | None,
+    Option(help="Length of the video, rounded up to whole chunks.", show_default=f"{DEFAULT_SECONDS:g}"),
+]
+Chunks = Annotated[int | None, Option(help="Length in chunks, instead of --seconds.")]
+Seed = Annotated[int | None, Option(help="Start of the random numbers.", show_default="0")]
+Picture = Annotated[Path | None, Option("--image", help="First frame; cropped to the size of the video.")]
+Steps = Annotated[int | None, Option(help="Denoising steps per chunk.", show_default="the model's")]
+Guidance = Annotated[float | None, Option(help="Guidance scale; 1 is none.", show_default="the model's")]
+Negative = Annotated[str | None, Option(help="What not to see; needs guidance.")]
+PromptSwitch = Annotated[
+    list[str] | None,
+    Option(
+        metavar="SECONDS:PROMPT",
+        help="Another prompt from the first chunk that starts at SECONDS or later; repeatable.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    Option(
+        metavar="BYTES",
+        help="Fit the policy to a budget for the history, e.g. 500MB; the view comes on top (see --residency).",
+    ),
+]
+Residency = Annotated[
+    str | None,
+    Option(
+        help="Where the view lives: resident (fast, a second K/V), scratch (one layer's) or alias (none).",
+        show_default="resident",
+    ),
+]
+Device = Annotated[
+    str | None, Option(help="cpu, cuda, cuda:N or mps.", show_default="the first GPU, else the CPU")
+]
+Dtype = Annotated[
+    str | None,
+    Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+]
+Causal = Annotated[bool, Option("--causal", help="The weights are causal, though their files do not say so.")]
+CausalFamily = Annotated[
+    str | None, Option("--family", help="… and of this family (`longtake models` lists them).")
+]
+Latents = Annotated[
+    Path | None, Option(help="Also write the latents, fp32, frame by frame, to this .safetensors file.")
+]
+Snapshot = Annotated[Path | None, Option(help="Write the state at the end, or at Ctrl-C, here, for --resume.")]
+Resume = Annotated[Path | None, Option(help="Go on from a snapshot; the MP4 holds the continuation only.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
+
+Source = Annotated[Path, Argument(metavar="IN", help="A .pt, .pth or .safetensors file, or a folder of shards.")]
+ModelFolder = Annotated[Path, Argument(metavar="OUT", help="The folder to make.")]
+Base = Annotated[
+    str, Option(metavar="WAN", help="The Wan model it was distilled into: a folder or Hub id in diffusers format.")
+]
+Family = Annotated[
+    str | None,
+    Option(help="Which published family (`longtake models` lists them).", show_default="by the file's name"),
+]
+Ema = Annotated[
+    bool | None,
+    Option(
+        "--ema/--no-ema",
+        help="Which of the file's two sets of weights.", show_default="the one that its authors sample from",
+    ),
+]
+Lora = Annotated[Path | None, Option(help="An adapter to merge.")]
+ConvertDtype = Annotated[str, Option(help="bfloat16, float16 or float32.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier conversion at OUT.")]

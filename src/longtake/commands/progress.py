@@ -1,0 +1,61 @@
+"""How far a take is: a bar on a terminal, a line now and then in a log. On stderr, always."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from .shell import bytes_text, say
+
+_LOG_SECONDS = 10  # between two lines where there is no terminal
+
+
+class TakeProgress:
+    """Counts the chunks of a take and tells chunks/s, realtime factor and bytes held.
+
+    The realtime factor is seconds of video per second of work: from 1 on, a viewer would not have to wait.
+    """
+
+    def __init__(self, chunks: int, fps: float, label: str = "") -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self.chunks, self.fps, self.label = chunks, fps, label
+        self.done, self.frames = 0, 0
+        self._terminal = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("chunks"), TextColumn("{task.fields[rates]}", markup=False), TimeRemainingColumn(compact=True),
+            console=console, disable=not self._terminal, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(label, total=chunks, rates="")
+        self._started = self._said = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock since the start."""
+        return time.perf_counter() - self._started
+
+    def step(self, frames: int, held: int) -> None:
+        """A chunk of `frames` pixel frames is in its file; the take now holds `held` bytes."""
+        self.done += 1
+        self.frames += frames
+        seconds = self.seconds
+        realtime = self.frames / self.fps / seconds
+        rates = f"{self.done / seconds:.2f} chunks/s, {realtime:.2f}x realtime, {bytes_text(held)} held"
+        self._bar.update(self._task, completed=self.done, rates=rates)
+        now = time.perf_counter()
+        if not self._terminal and now - self._said > _LOG_SECONDS:
+            self._said = now
+            say(f"{self.label + ': ' if self.label else ''}{self.done}/{self.chunks} chunks, {rates}")
+
+    def __enter__(self) -> TakeProgress:
+        self._bar.start()
+        self._started = self._said = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
