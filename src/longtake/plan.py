@@ -81,9 +81,9 @@ class Block:
 
     @property
     def complete(self) -> bool:
-        """Whether the full form still owns every token it was written with."""
+        """Whether the full form still owns every token it was written with; a fused block has lost some by nature."""
         form = self.forms.get(FULL)
-        return form is not None and form.count == form.tokens
+        return self.role != "fused" and form is not None and form.count == form.tokens
 
     def of_frames(self, first: int, last: int, form: str = FULL) -> TokenSet:
         """Tokens of the latent frames [first, last) that the form still owns; none of a text's."""

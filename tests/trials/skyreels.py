@@ -23,8 +23,9 @@ belong to the layer.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
@@ -136,37 +137,45 @@ class Output:
 
 
 def walk(
-    model: SkyReelsV2Transformer3DModel, golden: Golden, run: str, memories: Mapping[str, Memory]
+    model: SkyReelsV2Transformer3DModel,
+    golden: Golden,
+    run: str,
+    memories: Mapping[str, Memory],
+    order: Literal["branch", "block"] = "branch",
 ) -> Iterator[Output]:
     """Replay every row of `run`, inputs teacher-forced, in the event order of the module's docstring.
 
+    With `order="block"` every block is forwarded in both branches before the next one: the same outputs, because the
+    branches share nothing, and what a memory of both branches needs.
     Yields one output per computed block, right after its forward (the prefix is forwarded but yields nothing).
     """
     frames, steps = golden.config["BS"], golden.config["steps"]
     inputs = f"inputs/{'prefix' if golden.runs[run]['prefix'] else 'plain'}"
     latents, timestep = golden.tensors[f"{inputs}/latents"], golden.tensors[f"{inputs}/timestep"]
     updates = golden.tensors[f"{inputs}/update_mask"][:, ::frames].bool()  # [row, block]
+    turns = list(product(range(len(BRANCHES)), range(golden.config["NB"])))
+    if order == "block":
+        turns.sort(key=lambda turn: turn[1])
     done = updates.cumsum(0)  # steps a block has taken after this row, reused ones included
 
     for row in range(len(latents)):
-        for b, branch in enumerate(BRANCHES):
-            computed = golden.tensors[f"{run}/decision"][row, b] == 1
-            for block in range(golden.config["NB"]):
-                prefix = golden.runs[run]["prefix"] and block == 0
-                if not (computed[block] or (prefix and row == 0)):
-                    continue
-                span = slice(block * frames, (block + 1) * frames)
-                memory = memories[branch]
-                memory.begin(block)
-                with torch.no_grad():
-                    velocity = forward_block(
-                        model,
-                        latents[row : row + 1, :, span],
-                        timestep[row : row + 1, span],
-                        golden.tensors[f"inputs/context_{branch}"],
-                        memory.layers,
-                    )
-                memory.end(block, finished=bool(prefix or done[row, block] == steps))
-                if not prefix:
-                    expected = golden.tensors[f"{run}/fp32/{branch}"][row, :, span]
-                    yield Output(row, branch, block, velocity[0], expected)
+        for b, block in turns:
+            branch = BRANCHES[b]
+            prefix = golden.runs[run]["prefix"] and block == 0
+            if golden.tensors[f"{run}/decision"][row, b, block] != 1 and not (prefix and row == 0):
+                continue
+            span = slice(block * frames, (block + 1) * frames)
+            memory = memories[branch]
+            memory.begin(block)
+            with torch.no_grad():
+                velocity = forward_block(
+                    model,
+                    latents[row : row + 1, :, span],
+                    timestep[row : row + 1, span],
+                    golden.tensors[f"inputs/context_{branch}"],
+                    memory.layers,
+                )
+            memory.end(block, finished=bool(prefix or done[row, block] == steps))
+            if not prefix:
+                expected = golden.tensors[f"{run}/fp32/{branch}"][row, :, span]
+                yield Output(row, branch, block, velocity[0], expected)

@@ -131,6 +131,8 @@ class History:
         self._abandon_open()
         for drop in plan.drops:
             self._drop(drop.block, drop.form, drop.tokens)
+        fusings = self._fuse(plan)
+        self._settle()  # fusings that were told what to keep are done: their rows are free for blocks that enter
         for block, live in self._live.items():
             for (stream, form), (base, step) in live.positions.items():
                 if (block, form) not in self.stores[stream].held:
@@ -143,21 +145,17 @@ class History:
                 for key, (base, step) in live.positions.items()
             }
         self._plan = plan
-        self._fusing = []
-        self._views = {}
-        fusings: dict[int, dict[str, Fusing]] = {}
-        for stream in self.streams:
-            self._views[stream] = self._lay_out(stream, plan, fusings)
-        for at, fuse in ((i, e) for i, e in enumerate(plan.entries) if isinstance(e, Fuse)):
-            self._fusing.append((fuse, self._next_id, fusings[at]))
-            self._next_id += 1
+        self._views = {stream: self._lay_out(stream, plan, fusings) for stream in self.streams}
 
     def layers(
         self, stream: str, block: int, *, form: str = FULL, write: bool = False, history: bool = True,
         observe: bool = False,
     ) -> list[LayerView]:  # fmt: skip
         """One LayerView per layer for a pass of `block`, which sees the planned history (unless `history` is off), the
-        live blocks before it, and itself. `write` stores its K/V; `observe` calls the policy's score."""
+        live blocks before it, and itself. `write` stores its K/V; `observe` calls the policy's score.
+
+        Where several passes of a block share its K/V, let the one that writes be the last: after any other, the
+        resident view is mended from the store before a later live block looks at it."""
         live, view, store = self._live[block], self._views[stream], self.stores[stream]
         held = store.held[(block, form)]
         tokens = len(held.rows)
@@ -169,7 +167,10 @@ class History:
         start = view.n + sum(len(store.held[(b, FULL)].rows) for b in before)
         if self.residency == "resident" and not view.filled:
             self._fill_resident(stream, view)
-        is_open = any(getattr(part, "open", False) for part in view.parts)
+        elif self.residency == "resident" and history and not view.stale.isdisjoint(before):
+            for layer in range(self.shape.layers):
+                self._fill_live(stream, view, layer, view.k[layer], view.v[layer], before)
+            view.stale.difference_update(before)
         first = 0 if history else start
         window, tail = slice(first, start + tokens), slice(start - first, start - first + tokens)
         bias = None if view.bias is None else view.bias[window]
@@ -180,7 +181,7 @@ class History:
             prepare = None
             if history and self.residency == "scratch":
                 prepare = self._filler(stream, view, layer, k, v, before, None)
-            elif history and is_open:
+            elif history and any(part.open(layer) for part in view.parts):
                 prepare = self._filler(stream, view, layer, k, v, [], True)
             result.append(
                 LayerView(
@@ -191,6 +192,10 @@ class History:
             )  # fmt: skip
         if write:
             live.written.add((stream, form))
+        if write and form == FULL:
+            view.stale.discard(block)
+        else:
+            view.stale.add(block)
         return result
 
     def commit(self, block: int) -> None:
@@ -283,6 +288,31 @@ class History:
         else:
             del self.blocks[at]
 
+    def _fuse(self, plan: Plan) -> dict[int, dict[str, Fusing]]:
+        """Begin what the plan fuses, by entry number and stream; where the tokens to keep are given, it is done here.
+
+        What the plan before left open and some stream has begun goes on: streams need not compute in step."""
+        fusings: dict[int, dict[str, Fusing]] = {}
+        for at, fuse in enumerate(plan.entries):
+            if not isinstance(fuse, Fuse):
+                continue
+            if begun := next((f for f in self._fusing if _same(f[0], fuse)), None):
+                fusings[at] = begun[2]
+                continue
+            score = self._score() if fuse.keep is None else None
+            for stream, store in self.stores.items():
+                sources = [store.held[(b, FULL)] for b in fuse.blocks]
+                part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score)
+                if fuse.keep is not None:
+                    for layer in range(self.shape.layers):
+                        part.resolve(layer, keep=fuse.keep[layer].to(self.device))
+                fusings.setdefault(at, {})[stream] = part
+            self._fusing.append((fuse, self._next_id, fusings[at]))
+            self._next_id += 1
+        if len(self._fusing) > len(fusings):
+            raise RuntimeError("a plan drops a fusing that one stream has begun and another has not: repeat it")
+        return fusings
+
     def _lay_out(self, stream: str, plan: Plan, fusings: dict[int, dict[str, Fusing]]) -> StreamView:
         store, weights = self.stores[stream], []
         parts: list[Part] = []
@@ -311,13 +341,7 @@ class History:
                 frames = [self.blocks[self._index(b)].frame for b in entry.candidates]
                 part = Chosen(store, self.rotary, candidates, frames, entry.k, entry.starts, self._score())
             else:
-                sources = [store.held[(b, FULL)] for b in entry.blocks]
-                score = self._score() if entry.keep is None else None
-                part = Fusing(store, self.rotary, sources, entry.n, entry.shift, entry.sort, score)
-                fusings.setdefault(at, {})[stream] = part
-                if entry.keep is not None:
-                    for layer in range(self.shape.layers):
-                        part.resolve(layer, keep=entry.keep[layer].to(self.device))
+                part = fusings[at][stream]
             flush()
             parts.append(part)
             weights.append((part.n, getattr(entry, "log_weight", 0.0)))
@@ -435,7 +459,10 @@ class History:
             self._fusing.remove((fuse, new, per_stream))
 
     def _abandon_open(self) -> None:
-        for _, _, per_stream in self._fusing:
-            if any(f.done for f in per_stream.values()):
-                raise RuntimeError("a new plan came while a fusing was half done: every stream and layer runs once")
-        self._fusing = []
+        """Forget the fusings that no forward has begun; there is nothing to undo."""
+        self._fusing = [f for f in self._fusing if any(part.done for part in f[2].values())]
+
+
+def _same(a: Fuse, b: Fuse) -> bool:
+    """Whether two open fusings ask for the same."""
+    return a.keep is b.keep is None and (a.blocks, a.n, a.sort, a.shift) == (b.blocks, b.n, b.sort, b.shift)

@@ -8,7 +8,7 @@ what is picked, so shapes are known before the forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,21 @@ class LayerView:
         return out
 
 
-class Plain:
+class Part:
+    """`n` tokens of the view, the same number in every layer."""
+
+    n: int
+
+    def open(self, layer: int) -> bool:
+        """Whether this layer still waits for the queries of a first forward."""
+        return False
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
+        """Write the part into its place in a layer's view: k, v [B, n, H, D], rotated."""
+        raise NotImplementedError
+
+
+class Plain(Part):
     """Tokens every head sees, gathered and rotated to where the plan puts them."""
 
     def __init__(self, store: Store, rotary: RotaryTable, rows: Tensor, shift: Tensor) -> None:
@@ -82,7 +96,7 @@ class Plain:
             v[:, to].copy_(self.store.v[layer][:, rows])
 
 
-class Fused:
+class Fused(Part):
     """A fused block: every head has tokens, and so positions, of its own."""
 
     def __init__(self, store: Store, rotary: RotaryTable, held: Rows, shift: float) -> None:
@@ -97,10 +111,8 @@ class Fused:
         v.copy_(self.store.v[layer][:, self.at])
 
 
-class Chosen:
+class Chosen(Part):
     """k of M equally long blocks, picked per layer and take by score, then frozen."""
-
-    open = True
 
     def __init__(
         self, store: Store, rotary: RotaryTable, candidates: Sequence[Rows], frames: Sequence[int], k: int,
@@ -114,6 +126,9 @@ class Chosen:
         self.starts = None if starts is None else torch.tensor(starts, dtype=torch.float64, device=device)
         self.n = k * self.rows.shape[1]
         self.picked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer → blocks [B, k], rows [B, n], phases
+
+    def open(self, layer: int) -> bool:
+        return layer not in self.picked
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         if layer not in self.picked:
@@ -135,13 +150,11 @@ class Chosen:
         return best, rows, self.rotary.phases(position).unsqueeze(2)  # [B, n, 1, P, 2]
 
 
-class Fusing:
+class Fusing(Part):
     """Blocks being replaced by their best n tokens per layer and head, while the first forward runs.
 
     The survivors take over the first n rows: a layer's rows are read, and then rewritten, by that layer alone.
     """
-
-    open = True
 
     def __init__(
         self, store: Store, rotary: RotaryTable, sources: Sequence[Rows], n: int, shift: float, sort: bool,
@@ -158,6 +171,9 @@ class Fusing:
         self.fused = Rows(self.rows[:n], torch.arange(n), base, torch.zeros_like(base))
         self.done: set[int] = set()
         self.seen = Fused(store, rotary, self.fused, shift)
+
+    def open(self, layer: int) -> bool:
+        return layer not in self.done
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         if layer not in self.done:
@@ -197,9 +213,6 @@ class Fusing:
         return torch.cat([b for b, _ in parts], 1), torch.cat([s for _, s in parts], 1)
 
 
-Part = Plain | Fused | Chosen | Fusing
-
-
 @dataclass
 class StreamView:
     """One stream's view under the current plan: its parts, and the buffers they are written to."""
@@ -209,6 +222,7 @@ class StreamView:
     v: Tensor
     bias: Tensor | None
     filled: bool = False
+    stale: set[int] = field(default_factory=set)  # live blocks whose tail a pass that does not write has overwritten
 
     @property
     def n(self) -> int:
@@ -219,6 +233,6 @@ class StreamView:
         """Write the parts of one layer; `only_open` restricts it to the open ones, or to the others."""
         start = 0
         for part in self.parts:
-            if only_open is None or getattr(part, "open", False) == only_open:
+            if only_open is None or part.open(layer) == only_open:
                 part.fill(layer, k[:, start : start + part.n], v[:, start : start + part.n], q)
             start += part.n
