@@ -1,9 +1,10 @@
-"""Chunk-causal use of a stock `WanTransformer3DModel`: all chunks at once for training, one after the other for sampling.
+"""Chunk-causal use of a stock `WanTransformer3DModel`: all chunks at once to train, one after the other to sample.
 
-Both ways put the chunks of a video on the batch axis of the stock forward, so that each chunk has a time step of its own; the
-self-attention processor below puts them back on the token axis, with positions and a mask (or a history) of its own.
+Training puts the chunks of a video on the batch axis of the stock forward, so that each chunk has its own time step; a
+self-attention processor puts them back on the token axis, with positions and a mask. Sampling keeps keys and values.
 
-Letters: B videos, F latent frames, n chunks of c frames, S sequence chunks (clean and noisy), N tokens, H heads, D head dim.
+Letters: B videos, F latent frames, n chunks of c frames, S sequence chunks (clean and noisy), N tokens, H heads, D head
+dim.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ def velocity(
 ) -> torch.Tensor:
     """Predicted velocity (noise - clean) of every chunk, given the clean chunks before it, in one forward.
 
-    clean, noisy [B, Z, F, h, w]; timesteps [B, n] in 0..1000; text [B, n, T, d] per chunk; frames [B, F] temporal positions.
+    clean, noisy [B, Z, F, h, w]; timesteps [B, n] in 0..1000; text [B, n, T, d] per chunk; frames [B, F] temporal
+    positions.
     """
     n = timesteps.shape[1]
     # The last clean chunk is nobody's history.
@@ -112,14 +114,16 @@ def release(transformer: WanTransformer3DModel) -> None:
 
 
 class _Grouped:
-    """Self-attention over S chunks that arrive as batch entries, under a mask [N, N] (True: may look)."""
+    """Self-attention over S chunks that arrive as batch entries, under a mask [N, N] that is added to the scores."""
 
     def __init__(self, groups: int, rotary: Rotation, mask: torch.Tensor) -> None:
         self.groups, self.rotary, self.mask = groups, rotary, mask
 
     def __call__(self, attn: WanAttention, hidden: torch.Tensor, *_: object) -> torch.Tensor:
         q, k, v = _project(attn, hidden, self.groups, self.rotary)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        # Spelled out: the backward pass of the fused CPU kernel takes several times as long.
+        scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
+        out = scores.float().add(self.mask).softmax(-1).to(v.dtype) @ v
         return attn.to_out[0](out.transpose(1, 2).flatten(2).reshape(hidden.shape))
 
 
@@ -168,4 +172,5 @@ def _mask(n: int, tokens: int, device: torch.device) -> torch.Tensor:
     clean = torch.cat([torch.ones(n - 1, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)])
     past = clean[None] & (index[None] < index[:, None] + clean[:, None].long())
     own = ~clean[None] & ~clean[:, None] & (index[None] == index[:, None])
-    return (past | own).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+    seen = (past | own).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).to(device)

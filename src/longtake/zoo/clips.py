@@ -52,6 +52,8 @@ class Library:
 
     def grow(self, films: int) -> None:
         """Add `films` new films."""
+        if not films:
+            return
         rng = np.random.default_rng([self.seed, len(self.latents)])
         made = [film(rng) for _ in range(films)]
         with torch.autocast(self.vae.device.type, torch.bfloat16):
@@ -60,11 +62,11 @@ class Library:
         self.captions += [captions for _, captions in made]
 
     def draw(self, rng: np.random.Generator, batch: int, chunks: int) -> Batch:
-        """`batch` random windows of `chunks` chunks: from the start of a take, from its middle, or a far sink and a middle."""
+        """`batch` random windows of `chunks` chunks: from the start, from the middle, or a far sink and a middle."""
         windows = [self._window(rng, chunks) for _ in range(batch)]
         latents, captions, frames, learn = zip(*windows, strict=True)
-        device = self.vae.device
-        return Batch(torch.stack(latents), list(captions), torch.stack(frames).to(device), torch.stack(learn).to(device))
+        places, learnt = (torch.stack(x).to(self.vae.device) for x in (frames, learn))
+        return Batch(torch.stack(latents), list(captions), places, learnt)
 
     def _window(
         self, rng: np.random.Generator, chunks: int

@@ -1,7 +1,7 @@
 """What every training stage shares: a budget in minutes, checkpoints that can be resumed, and a log of numbers.
 
-A stage is measured in minutes rather than steps, so the same command suits two laptop cores and a GPU: the learning rate
-follows the share of the budget that is used up, and the budget already used is part of the checkpoint.
+A stage is measured in minutes rather than steps, so the same command suits two laptop cores and a GPU: the learning
+rate follows the share of the budget that is used up, and the budget already used is part of the checkpoint.
 """
 
 import json
@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from longtake.zoo.muon import Muon
+
 CHECKPOINT_SECONDS = 90.0
 LOG_SECONDS = 10.0
+# Parts of a parameter's name that mark embeddings, tables and outermost layers; those learn with AdamW.
+ENDS = ("shared", "bias", "table", "embed", "patch_embedding", "proj_out", "conv_in", "conv_out", "quant_conv")
 
 
 class Stage:
@@ -25,11 +29,13 @@ class Stage:
 
     def __init__(self, name: str, folder: Path, modules: dict[str, nn.Module], minutes: float, rate: float) -> None:
         self.name, self.folder, self.modules, self.minutes, self.rate = name, folder, modules, minutes, rate
-        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        others = [p for p in self.parameters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+        named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        inner = {n for n, p in named if p.ndim >= 2 and not any(part in n for part in ENDS)}
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon([p for n, p in named if n in inner], lr=rate),
+            torch.optim.AdamW([p for n, p in named if n not in inner], lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         self.average = [p.detach().clone() for p in self.parameters]
         self.steps, self.used, self.sums = 0, 0.0, dict[str, list[float]]()
         self.checkpoint = folder / f"{name}.pt"
@@ -41,7 +47,7 @@ class Stage:
         while self.used < self.minutes * 60:
             share = self.used / (self.minutes * 60)
             warm = min(1.0, (self.steps + 1) / 50)
-            for group in self.optimizer.param_groups:
+            for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             yield share
             now = time.monotonic()
@@ -56,10 +62,12 @@ class Stage:
 
     def step(self, loss: torch.Tensor, **numbers: float) -> None:
         """One optimiser step on `loss`; `numbers` are averaged into the log."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps += 1
         decay = min(0.995, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
@@ -76,7 +84,7 @@ class Stage:
         """Write the checkpoint; a cut-off write leaves the old one intact."""
         state = {
             "modules": {key: module.state_dict() for key, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
             "steps": self.steps,
             "used": self.used,
@@ -88,7 +96,8 @@ class Stage:
         state = torch.load(self.checkpoint, map_location=self.parameters[0].device, weights_only=True)
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.average, self.steps, self.used = state["average"], state["steps"], state["used"]
 
     def _log(self) -> None:

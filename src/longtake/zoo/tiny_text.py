@@ -1,4 +1,4 @@
-"""The tiny text side: a word-level tokenizer and a two-layer `UMT5EncoderModel` for the captions of the world of shapes."""
+"""The tiny text side: a word-level tokenizer and a two-layer `UMT5EncoderModel` for captions of the world of shapes."""
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -21,7 +21,7 @@ SYNONYMS = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per known word, lower-cased; punctuation is dropped, other words become <unk>, </s> ends every prompt."""
+    """One token per known word, any case; punctuation is dropped, other words become <unk>, </s> ends every prompt."""
     known = {word for phrase, _, _ in world.BACKGROUNDS.values() for word in phrase.split()}
     known |= {*world.COLOURS, *world.SHAPES, *world.MOTIONS, "a", "and", *SYNONYMS}
     known |= {word for words in SYNONYMS.values() for word in words}

@@ -1,4 +1,4 @@
-"""The tiny transformer: a stock `WanTransformer3DModel`, trained chunk-causally with flow matching for a four-step sampler."""
+"""The tiny transformer: a stock `WanTransformer3DModel`, trained chunk by chunk for a four-step sampler."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from longtake.zoo.stages import Stage
 
 TIMESTEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
-FIRST_FILMS = 64
+FIRST_FILMS = 100
 HISTORY_NOISE = 0.3
 
 
@@ -49,12 +49,12 @@ def train(
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
     transformer = build(vae.config.z_dim).to(device)
-    stage = Stage("transformer", folder, {"transformer": transformer, "encoder": encoder}, minutes, 2e-3)
+    stage = Stage("transformer", folder, {"transformer": transformer, "encoder": encoder}, minutes, 3e-3)
     library = Library(vae, seed + stage.steps)
     library.grow(FIRST_FILMS)
     for share in stage:
         rng = np.random.default_rng([seed, stage.steps])
-        library.grow(1)
+        library.grow(int(rng.random() < 0.5))
         chunks = 4 if share < 0.6 else 7
         window = library.draw(rng, max(1, batch * 4 // chunks), chunks)
         # One row of text per distinct prompt of the batch, then one copy per chunk.
@@ -108,11 +108,11 @@ def _spread(per_chunk: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    transformer: nn.Module, text: torch.Tensor, chunks: int, seed: int, timesteps: list[float] | None = None, **memory: int
+    transformer: nn.Module, text: torch.Tensor, chunks: int, seed: int, steps: list[float] | None = None, **memory: int
 ) -> torch.Tensor:
     """Normalised latents [B, Z, 3 chunks, 8, 8] of a rollout under text [B, T, d]; `memory`: window and sink frames."""
     generator = torch.Generator().manual_seed(seed)
-    rollout = causal.Rollout(transformer, timesteps or warp(), **memory)
+    rollout = causal.Rollout(transformer, steps or warp(), **memory)
     shape = (len(text), transformer.config.in_channels, CHUNK, 8, 8)
     parts = [rollout.next(torch.randn(shape, generator=generator), text, generator) for _ in range(chunks)]
     causal.release(transformer)

@@ -1,7 +1,8 @@
 """Train the embedded model `tiny-wan` from nothing: `python -m longtake.zoo.train_tiny_wan --out DIR`.
 
-Two stages, the video autoencoder and then text encoder and transformer together. Each keeps a checkpoint in DIR/work, so the same
-command goes on where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR itself is the finished pipeline folder.
+Three stages: the video autoencoder, its decoder alone, then text encoder and transformer together. Each keeps a
+checkpoint in DIR/work, so the same command goes on where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR
+itself is the finished pipeline folder.
 """
 
 import argparse
@@ -33,20 +34,26 @@ ABOUT = (
 
 
 def train(
-    out: Path, vae_minutes: float, transformer_minutes: float, device: str = "cpu", seed: int = 0, batch: int = 8
+    out: Path,
+    vae_minutes: float,
+    decoder_minutes: float,
+    transformer_minutes: float,
+    device: str = "cpu",
+    seed: int = 0,
+    batch: int = 6,
 ) -> dict[str, object]:
     """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says."""
     work, begun = out / "work", time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     vae = tiny_vae.train(work, vae_minutes, device, seed)
-    vae.requires_grad_(False)
+    tiny_vae.refine(work, vae, decoder_minutes, device, seed)
     transformer, encoder, tokens = tiny_transformer.train(work, vae, transformer_minutes, device, seed, batch)
     facts: dict[str, object] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
         "seed": seed,
-        "minutes": {"vae": vae_minutes, "transformer": transformer_minutes},
+        "minutes": {"vae": vae_minutes, "decoder": decoder_minutes, "transformer": transformer_minutes},
         "last_call_minutes": round((time.monotonic() - begun) / 60, 1),
         "final": {row["stage"]: row for row in map(json.loads, (work / "metrics.jsonl").read_text().splitlines())},
         "vae_psnr_fresh_seeds": round(_vae_psnr(vae), 2),
@@ -63,7 +70,7 @@ def export(
     tokens: PreTrainedTokenizerFast,
     facts: dict[str, object],
 ) -> None:
-    """Write the folder in the layout of a diffusers pipeline, in half precision, with `longtake.json` and `training.json`."""
+    """Write the folder in the layout of a diffusers pipeline, halves, with `longtake.json` and `training.json`."""
     pipe = WanPipeline(
         tokenizer=tokens,
         text_encoder=encoder.half(),
@@ -108,13 +115,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; also holds the checkpoints")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="windows of four chunks a step")
-    parser.add_argument("--vae-minutes", type=float, default=15.0)
+    parser.add_argument("--batch", type=int, default=6, help="windows of four chunks a step")
+    parser.add_argument("--vae-minutes", type=float, default=8.0)
+    parser.add_argument("--decoder-minutes", type=float, default=8.0)
     parser.add_argument("--transformer-minutes", type=float, default=40.0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    train(given.out, given.vae_minutes, given.transformer_minutes, given.device, given.seed, given.batch)
+    minutes = given.vae_minutes, given.decoder_minutes, given.transformer_minutes
+    train(given.out, *minutes, given.device, given.seed, given.batch)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A world of moving shapes: exact, seeded, endless, and described truthfully by its captions.
 
-One or two flat-coloured shapes move over a plain background. Every position is a closed formula of the frame number, so any
-frame of any scene can be drawn without the frames before it, and a scene never ends. The caption names everything that
-is visible (shape, colour, background) and the kind of motion; only sizes, speeds and starting points are left to the seed.
+One or two flat-coloured shapes move over a plain background. Every position is a closed formula of the frame number, so
+any frame of any scene can be drawn without the frames before it, and a scene never ends. The caption names everything
+that is visible (shape, colour, background) and the kind of motion; sizes, speeds and starts are left to the seed.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ _INVISIBLE = {("white", "light"), ("blue", "blue"), ("blue", "night"), ("white",
 
 @dataclass(frozen=True)
 class Actor:
-    """One shape. Lengths in pixels, speeds in pixels per frame, `period` in frames; phases are in the same units as the motion."""
+    """One shape. Lengths in pixels, speeds in pixels per frame, `period` in frames, phases in pixels or periods."""
 
     shape: str
     colour: str
@@ -58,7 +58,7 @@ class Actor:
         return x, _reflect(self.phase[1] + self.speed[1] * t, low, high)
 
     def coverage(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Share of each pixel [T, SIZE, SIZE] that the shape covers, for centres x, y [T]: signed distance, one pixel soft."""
+        """Share of each pixel [T, SIZE, SIZE] that the shape covers, for centres x, y [T]; edges are one pixel soft."""
         grid = np.arange(SIZE, dtype=np.float32) + 0.5
         dx = grid[None, None, :] - x[:, None, None].astype(np.float32)
         dy = grid[None, :, None] - y[:, None, None].astype(np.float32)
