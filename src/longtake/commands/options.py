@@ -97,3 +97,19 @@ Ema = Annotated[
 Lora = Annotated[Path | None, Option(help="An adapter to merge.")]
 ConvertDtype = Annotated[str, Option(help="bfloat16, float16 or float32.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier conversion at OUT.")]
+
+DemoFolder = Annotated[Path, Argument(metavar="OUT_DIR", help="The folder to make; an earlier demo there is replaced.")]
+Prompts = Annotated[
+    list[str] | None, Option("--prompt", help="What to see; repeatable.", show_default="three that the model names")
+]
+Policies = Annotated[
+    list[str] | None,
+    Option(
+        "--policy", "-p", help="A policy to compare, as for `longtake generate`; repeatable.",
+        show_default="full history, three windows, and every other method at the same bytes",
+    ),
+]  # fmt: skip
+DemoSeconds = Annotated[
+    float | None,
+    Option("--seconds", help="Length of each take.", show_default="12, or what two minutes are enough for"),
+]

@@ -59,3 +59,36 @@ class TakeProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class DemoProgress:
+    """How far several takes are, which one is being made, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        self._bar = Progress(
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("chunks"), TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", markup=False), console=console, disable=not self._terminal, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("warming up", total=None)
+        self._label = ""
+
+    def tick(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` chunks of all takes are made, the last one under `label`."""
+        self._bar.update(self._task, description=label, completed=done, total=total)
+        if not self._terminal and label != self._label:
+            say(f"{done - 1}/{total} chunks; {label}")
+        self._label = label
+
+    def __enter__(self) -> DemoProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
