@@ -109,6 +109,7 @@ def draw(report: TakeReport) -> bytes:
     """PNG: milliseconds per chunk, and those outside the forwards, against the chunk's number."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
 
     canvas = Canvas(figsize=(9, 3.6), dpi=110, layout="constrained")
     left, right = canvas.subplots(1, 2)
@@ -125,6 +126,7 @@ def draw(report: TakeReport) -> bytes:
     right.set(title="of it outside the model's forwards", xlabel="chunk", ylabel="ms per chunk")
     for axes in (left, right):
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
