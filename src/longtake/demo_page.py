@@ -75,9 +75,9 @@ def _note(result: dict[str, Any]) -> str:
     lines = [
         f"<b>What this shows.</b> {escape(model['name'])}, {model['width']}×{model['height']} at {model['fps']:g} "
         f"fps. {escape(model['about'])}",
-        f"Its training clips last {model['training_seconds']:.1f} s; these takes are {times:.1f} times as long, and what "
-        "comes after is extrapolation. A small model shows how policies differ in time, bytes and drift; how good a "
-        "large one looks under them it does not show.",
+        f"Its training clips last {model['training_seconds']:.1f} s; these takes are {times:.1f} times as long, and "
+        "what comes after is extrapolation. A small model shows how policies differ in time, bytes and drift; how good "
+        "a large one looks under them it does not show.",
     ]
     if result["shortened_from"]:
         lines.append(

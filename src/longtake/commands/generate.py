@@ -185,7 +185,9 @@ def restored(path: Path, host: Host, policy: KVPolicy | None) -> Session:
 
     try:
         return Session.restore(path, host, policy)
-    except (RuntimeError, KeyError, IndexError) as error:
+    except (LongtakeError, RuntimeError, KeyError, IndexError) as error:
+        if str(path) in str(error):
+            raise
         raise LongtakeError(f"snapshot {path} does not fit model {host.name} and this policy: {error}") from error
 
 

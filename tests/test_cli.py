@@ -1,0 +1,506 @@
+"""The command line makes what the library makes, finishes its files whatever ends a take, and says what is wrong in one
+line with exit code 2."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import longtake
+from longtake.cli import app
+from longtake.commands import shell
+from longtake.hosts.wan import CausalWan
+from longtake.video import Mp4Writer, read_image, read_video
+from tests.tiny_checkpoints import tiny_transformer, upstream_state, write_base
+
+PROMPT = "red kite"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def write_model(folder: Path, **settings) -> Path:
+    """A complete causal model folder of random weights: 32 x 16 pixels, two steps, trained on six latent frames."""
+    from diffusers import AutoencoderKLWan
+
+    write_base(folder)
+    torch.manual_seed(3)
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics).save_pretrained(
+        folder / "vae"
+    )
+    description = {
+        "format": 1, "host": "wan", "causal": True, "chunk_frames": 2, "timesteps": [1000, 500], "height": 16,
+        "width": 32, "fps": 8, "text_tokens": 5, "training_frames": 6, "prompts": ["red", "kite <b>&", PROMPT],
+    }  # fmt: skip
+    (folder / "longtake.json").write_text(json.dumps(description | settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def host(model) -> CausalWan:
+    return longtake.load(model, device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty current folder."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def generate(model: Path, *arguments: object, prompt: str = PROMPT):
+    return run("generate", prompt, "--model", model, "--device", "cpu", "-o", "a.mp4", *arguments)
+
+
+def report(result) -> dict:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def refused(result, *words: str) -> None:
+    """One line on stderr that holds `words`, nothing on stdout, exit code 2."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def in_process(*arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "longtake", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
+    )
+
+
+# --- what it makes --------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch_and_answers_at_once():
+    heavy = {"torch", "diffusers", "transformers", "numpy", "rich", "av", "PIL", "safetensors"}
+    probe = f"import sys, longtake.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout == "[]\n"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out, err = in_process("--help").communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # other load does not count
+    for command in ("generate", "demo", "convert", "models", "policies"):
+        assert command in out
+    assert err == ""
+
+
+def test_the_embedded_model_needs_a_prompt_and_a_name_only(folder):
+    out, err = in_process("generate", "a red ball", "-o", "a.mp4", "--chunks", 2, "--json", cwd=folder).communicate()
+    made = json.loads(out)
+    assert err == ""  # no chatter of the libraries that read the weights
+    video = read_video("a.mp4")
+    assert made["model"] == "tiny-wan" and made["chunks"] == 2 and made["device"] in ("cpu", "cuda")
+    assert video.shape == (made["frames"], made["height"], made["width"], 3)
+    assert made["video_seconds"] == pytest.approx(made["frames"] / made["fps"])
+    assert made["realtime_factor"] == pytest.approx(made["video_seconds"] / made["wall_seconds"])
+    assert made["chunks_per_second"] == pytest.approx(2 / made["wall_seconds"])
+    assert made["memory"]["total"] == sum(v for k, v in made["memory"].items() if k != "total")
+    assert 1e8 < made["peak_rss_bytes"] < 1e11
+    assert os.listdir(folder) == ["a.mp4"]
+
+
+def test_same_latents_and_frames_as_the_library(model, host, folder):
+    made = report(generate(model, "--chunks", 3, "--seed", 5, "--latents", "a.safetensors", "--json"))
+    take = longtake.generate(host, chunks=3, prompt=PROMPT, seed=5)
+    chunks = list(take)
+    latents = torch.cat([c.latents for c in chunks], 1).transpose(0, 1)  # frame-major, as the file has them
+    assert torch.equal(load_file("a.safetensors")["latents"], latents)
+    assert made["frames"] == sum(len(c.frames) for c in chunks) == 21
+    assert made["memory"] == take.memory()
+    assert sorted(os.listdir(folder)) == ["a.mp4", "a.safetensors"]
+    with Mp4Writer("b.mp4", 8, 16, 32) as video:
+        for chunk in chunks:
+            video.write(chunk.frames)
+    assert np.array_equal(read_video("a.mp4"), read_video("b.mp4"))
+
+
+def latents_of(model: Path, *arguments: object, prompt: str = PROMPT) -> torch.Tensor:
+    report(generate(model, "--latents", "l.safetensors", "--json", *arguments, prompt=prompt))
+    return load_file("l.safetensors")["latents"].transpose(0, 1)
+
+
+def test_every_option_of_a_take_reaches_the_session(model, host, folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("first.png")
+    cases = {
+        ("--size", "48x32"): {"width": 48, "height": 32},
+        ("--steps", 3): {"num_inference_steps": 3},
+        ("--guidance", 3, "--negative", "kite"): {"guidance_scale": 3.0, "negative_prompt": "kite"},
+        ("--policy", "window:frames=4,sink=0"): {"policy": longtake.SlidingWindow(4, 0)},
+        ("--policy", "window:frames=6,sink=2,positions=slots"): {"policy": longtake.SlidingWindow(6, 2, "slots")},
+        ("--policy", "full", "--residency", "scratch"): {"policy": longtake.FullHistory(), "residency": "scratch"},
+        ("--image", "first.png"): {
+            "image": torch.from_numpy(read_image("first.png", (16, 32))).permute(2, 0, 1) / 127.5 - 1
+        },
+    }
+    plain = latents_of(model, "--chunks", 4)
+    for arguments, options in cases.items():
+        expected = torch.cat([c.latents for c in longtake.generate(host, chunks=4, prompt=PROMPT, **options)], 1)
+        made = latents_of(model, "--chunks", 4, *arguments)
+        assert torch.equal(made, expected), arguments
+        assert made.shape != plain.shape or not torch.equal(made, plain), arguments  # the option does something
+
+
+def test_seconds_are_rounded_up_to_whole_chunks(model, folder):
+    for seconds, chunks in ((0.1, 1), (0.6, 1), (0.7, 2), (1.6, 2)):  # they end after 5, 13, 21 … frames of 8 a second
+        assert report(generate(model, "--seconds", seconds, "--json"))["chunks"] == chunks
+
+
+def test_a_prompt_switch_acts_at_the_first_chunk_that_starts_at_its_second_or_later(model, host, folder):
+    take = longtake.Session(host, prompt=PROMPT)
+    expected = [next(take), next(take)]  # the third chunk starts after 13 frames, at 1.625 s
+    take.prompt = "kite: red"
+    expected += [next(take), next(take)]
+    made = latents_of(model, "--chunks", 4, "--prompt-switch", "1.0:kite: red")
+    assert torch.equal(made, torch.cat([c.latents for c in expected], 1))
+
+
+def test_resuming_a_snapshot_equals_never_having_stopped(model, folder):
+    whole = latents_of(model, "--chunks", 5, "--seed", 3)
+    first = latents_of(model, "--chunks", 2, "--seed", 3, "--snapshot", "s.safetensors")
+    made = report(
+        run("generate", "--model", model, "--resume", "s.safetensors", "--seconds", 3, "-o", "b.mp4", "--latents",
+            "m.safetensors", "--device", "cpu", "--json")
+    )  # fmt: skip
+    second = load_file("m.safetensors")["latents"].transpose(0, 1)
+    assert torch.equal(torch.cat((first, second), 1), whole)
+    assert made["frames"] == 24 == len(read_video("b.mp4"))  # no first frame of its own: 3 s are exactly three chunks
+    assert made["prompt"] == PROMPT
+
+
+def test_a_resumed_take_finds_its_model_and_obeys_a_new_prompt(model, host, folder):
+    latents_of(model, "--chunks", 2, "--snapshot", "s.safetensors")
+    result = run("generate", "kite", "--resume", "s.safetensors", "--chunks", 1, "-o", "b.mp4", "--latents",
+                 "m.safetensors", "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    take = longtake.Session.restore("s.safetensors", host)
+    take.prompt = "kite"
+    assert torch.equal(load_file("m.safetensors")["latents"].transpose(0, 1), next(take).latents)
+
+
+def test_a_memory_budget_is_kept_and_fills_the_window(model, host, folder):
+    shape = longtake.session.history_shape(host, host.geometry())
+    made = report(generate(model, "--chunks", 1, "--memory", f"{(8.5 * shape.frame_bytes) / 1024:.3f}KiB", "--json"))
+    assert made["policy"] == "window:frames=8,sink=2,positions=absolute"
+    refused(generate(model, "--memory", "1KB"), "1000 bytes", "at least one chunk")
+    refused(generate(model, "--memory", "1GB", "--policy", "full"), "full", "cannot be fitted")
+
+
+def test_a_policy_from_a_file_is_used_with_its_options(model, folder):
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\nfrom longtake import SlidingWindow\n"
+        "@dataclass(frozen=True)\nclass Mine(SlidingWindow):\n    frames: int = 4\n    sink: int = 0\n    name = ''\n"
+    )
+    made = latents_of(model, "--chunks", 4, "--policy", "mine.py:Mine:frames=6,sink=2")
+    assert torch.equal(made, latents_of(model, "--chunks", 4, "--policy", "window:frames=6,sink=2"))
+    refused(generate(model, "--policy", "mine.py:Other"), "no KVPolicy 'Other'", "Mine")
+    refused(generate(model, "--policy", "none.py:Mine"), "no file none.py")
+
+
+def test_the_report_for_people_names_length_speed_and_bytes(model, folder):
+    result = generate(model, "--chunks", 2)
+    assert result.exit_code == 0
+    for words in ("a.mp4: 13 frames, 1.62 s of video, 32x16 at 8 fps", "2 chunks,", "chunks/s", "x realtime",
+                  "policy window:frames=6,sink=2", "history", "view", "decoder", "peak RSS"):  # fmt: skip
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_an_existing_video_is_replaced_only_by_a_complete_one(model, folder):
+    Path("a.mp4").write_bytes(b"precious")
+    refused(generate(model, "--policy", "window:frames=2,sink=2"), "use frames=4")
+    assert Path("a.mp4").read_bytes() == b"precious"
+    assert generate(model, "--chunks", 1).exit_code == 0
+    assert len(read_video("a.mp4")) == 5
+
+
+# --- what ends it -----------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_a_playable_file_and_a_snapshot_that_fits_it(model, folder):
+    child = in_process("generate", PROMPT, "--model", model, "--chunks", 100000, "-o", "a.mp4", "--snapshot",
+                       "s.safetensors", "--device", "cpu", "--json", cwd=folder)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".longtake-*.part")) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    made = json.loads(out)
+    assert made["status"] == "interrupted" and 1 <= made["chunks"] < 100000
+    assert len(read_video("a.mp4")) == made["frames"] == 8 * made["chunks"] - 3
+    assert "stopping after this chunk" in err and "Traceback" not in err
+    take = longtake.Session.restore("s.safetensors", longtake.load(model, device="cpu"))
+    assert take.index == made["chunks"]
+    assert sorted(os.listdir(folder)) == ["a.mp4", "s.safetensors"]
+
+
+def interrupting(monkeypatch, chunk: int, times: int) -> None:
+    """Ctrl-C, `times` times, while chunk number `chunk` is being handed to the video."""
+    write = Mp4Writer.write
+    calls = []
+
+    def interrupted(self, frames):
+        calls.append(1)
+        if len(calls) == chunk:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        write(self, frames)
+
+    monkeypatch.setattr(Mp4Writer, "write", interrupted)
+
+
+def test_one_ctrl_c_finishes_the_chunk_and_a_second_ends_at_once(model, folder, monkeypatch):
+    for times, chunks in ((1, 3), (2, 2)):
+        with monkeypatch.context() as patch:
+            interrupting(patch, 3, times)
+            result = generate(model, "--chunks", 9, "--latents", "l.safetensors", "--snapshot", f"s{times}.safetensors")
+        assert result.exit_code == 130
+        frames = 8 * chunks - 3
+        assert f"stopped; a.mp4: {frames} frames, {frames / 8:.2f} s of video" in result.stdout
+        assert len(read_video("a.mp4")) == frames
+        assert len(load_file("l.safetensors")["latents"]) == 2 * chunks
+        assert Path(f"s{times}.safetensors").exists() == (times == 1)
+    assert "no snapshot" in result.stderr
+    assert not list(folder.glob(".longtake*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_before_the_first_chunk_leaves_nothing(model, folder, monkeypatch):
+    interrupting(monkeypatch, 1, 2)
+    result = generate(model)
+    assert result.exit_code == 130 and "nothing was written" in result.stdout
+    assert os.listdir(folder) == []
+
+
+def test_a_chunk_that_is_not_finite_ends_the_take_but_keeps_what_was_made(model, folder, monkeypatch):
+    forward = CausalWan.forward
+    calls = []
+
+    def broken(self, *arguments):
+        calls.append(1)
+        return forward(self, *arguments) * (1 if len(calls) <= 6 else float("nan"))  # three forwards a chunk
+
+    monkeypatch.setattr(CausalWan, "forward", broken)
+    result = generate(model, "--chunks", 5, "--json")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: chunk 2 has NaN")
+    assert json.loads(result.stdout)["status"] == "non-finite"
+    assert len(read_video("a.mp4")) == 13
+    calls[:] = [1] * 6
+    result = generate(model, "--chunks", 5, "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["output"] is None
+    assert len(read_video("a.mp4")) == 13  # of the earlier take: nothing new was made
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a disk of 4 kB, and whether this machine let us mount one; elsewhere files are limited to that."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(place)]
+    mounted = sys.platform.startswith("linux") and os.geteuid() == 0 and not subprocess.run(command).returncode
+    yield place, mounted
+    if mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("what", ["video", "latents", "snapshot"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(what, model, folder, full_disk):
+    place, mounted = full_disk
+    names = {"video": folder / "a.mp4", "latents": folder / "l.safetensors", "snapshot": folder / "s.safetensors"}
+    names[what] = place / names[what].name
+    chunks = 60 if what == "video" else 1  # a video of one chunk is smaller than the limit
+    arguments = ["generate", PROMPT, "--model", model, "--chunks", chunks, "--device", "cpu", "-o", names["video"]]
+    if what != "video":
+        arguments += [f"--{what}", names[what]]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    if mounted:
+        result = run(*arguments)
+        code, err = result.exit_code, result.stderr
+    else:
+        child = in_process(*arguments, preexec_fn=limit)
+        _, err = child.communicate(timeout=60)
+        code = child.returncode
+    assert code == 2, err
+    assert len(err.splitlines()) == 1 and str(names[what]) in err
+    assert ("No space left" if mounted else "File too large") in err or what == "snapshot"
+    assert os.listdir(place) == []
+    assert not list(folder.glob(".*"))
+    if what == "snapshot":  # what was finished before the disk was full stays
+        assert len(read_video(names["video"])) == 5
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nowhere"], ["no model 'nowhere'", "tiny-wan"]),
+        (["--policy", "best"], ["no policy 'best'", "full", "window"]),
+        (["--policy", "window:size=3"], ["no option 'size'", "frames (int)"]),
+        (["--policy", "window:frames=many"], ["frames='many' is not int"]),
+        (["--policy", "window:frames"], ["key=value"]),
+        (["--reuse", "all"], ["no reuse policy 'all'", "none"]),
+        (["--seconds", "0"], ["0 seconds", "above 0"]),
+        (["--seconds", "-3"], ["-3 seconds"]),
+        (["--seconds", "nan"], ["nan seconds"]),
+        (["--chunks", "0"], ["0 chunks"]),
+        (["--chunks", "2", "--seconds", "3"], ["--seconds and --chunks"]),
+        (["--steps", "0"], ["0 steps"]),
+        (["--size", "32"], ["WIDTHxHEIGHT"]),
+        (["--size", "33x16"], ["width 33", "multiple of 16"]),
+        (["--size", "0x16"], ["width 0"]),
+        (["--image", "none.png"], ["none.png", "No such file"]),
+        (["--image", "text.png"], ["cannot read image text.png"]),
+        (["--prompt-switch", "soon:red"], ["SECONDS:PROMPT"]),
+        (["--prompt-switch", "1"], ["SECONDS:PROMPT"]),
+        (["--seconds", "2", "--prompt-switch", "30:red"], ["30 s comes too late"]),
+        (["--memory", "much"], ["'much'", "500MB"]),
+        (["--residency", "cloud"], ["'cloud'", "resident, scratch, alias"]),
+        (["--device", "abacus"], ["'abacus'", "cuda"]),
+        (["--dtype", "int8"], ["'int8'", "bfloat16"]),
+        (["--resume", "text.png"], ["text.png is not a readable snapshot"]),
+        (["--resume", "text.png", "--seed", "3", "--image", "x"], ["--seed, --image"]),
+        (["-o", "a.avi"], ["a.avi", ".mp4"]),
+        (["-o", "."], [".mp4"]),
+        (["-o", "no/a.mp4"], ["no folder no"]),
+        (["--snapshot", "no/s"], ["no folder no"]),
+        (["--latents", "."], ["is a folder"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2_and_writes_nothing(arguments, words, model, folder):
+    Path("text.png").write_text("no picture")
+    refused(generate(model, *arguments), *words)
+    assert os.listdir(folder) == ["text.png"]
+
+
+def test_a_take_without_prompt_or_with_an_empty_device_is_refused(model, folder, monkeypatch):
+    refused(run("generate", "--model", model, "-o", "a.mp4"), "needs a prompt")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(generate(model, "--device", "cuda"), "0 CUDA devices", "--device cpu")
+    assert os.listdir(folder) == []
+
+
+def test_a_bidirectional_model_is_refused_until_it_is_said_to_be_causal(model, tmp_path, folder):
+    copy = tmp_path / "plain"
+    shutil.copytree(model, copy)
+    (copy / "longtake.json").unlink()
+    refused(generate(copy), "bidirectional", "--causal", "longtake convert")
+    made = report(generate(copy, "--causal", "--size", "32x16", "--chunks", 1, "--json"))
+    assert made["policy"] == "window:frames=21,sink=0,positions=absolute"
+    made = report(generate(copy, "--family", "longlive", "--size", "32x16", "--chunks", 1, "--json"))
+    assert made["policy"] == "window:frames=12,sink=3,positions=absolute"
+    refused(generate(copy, "--family", "longdead"), "longdead", "longlive")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_truncated_weights_are_refused(part, model, tmp_path, folder):
+    copy = tmp_path / "cut"
+    shutil.copytree(model, copy)
+    weights = next((copy / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(generate(copy), str(copy), "cannot be loaded")
+    assert os.listdir(folder) == []
+
+
+def test_a_snapshot_of_another_model_or_cut_short_is_refused(model, tmp_path, folder):
+    latents_of(model, "--chunks", 1, "--snapshot", "s.safetensors")
+    os.remove("a.mp4")
+    refused(generate("tiny-wan", "--resume", "s.safetensors"), "s.safetensors")
+    Path("s.safetensors").write_bytes(Path("s.safetensors").read_bytes()[:-9])
+    refused(generate(model, "--resume", "s.safetensors"), "not a readable snapshot")
+    assert not Path("a.mp4").exists()
+
+
+def test_usage_errors_have_code_2_too():
+    assert run("generate", PROMPT).exit_code == 2  # no output
+    assert run("generate", PROMPT, "-o", "a.mp4", "--seconds", "abc").exit_code == 2
+    assert run("paint").exit_code == 2
+    assert run("--version").stdout == f"longtake {longtake.__version__}\n"
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_models_lists_what_is_embedded_known_and_convertible():
+    listed = json.loads(run("models", "--json").stdout)
+    own = listed["embedded"]["tiny-wan"]
+    assert own["width"] == 64 and own["steps"] == 4 and own["bytes"] > 1e6 and "shapes" in own["about"]
+    assert "gueraf/Self-Forcing-diffusers" in listed["hub"]
+    assert listed["families"]["longlive"]["window"] == 12
+    text = run("models").stdout
+    for name in ("tiny-wan", "64x64", "gueraf/Self-Forcing-diffusers", "rolling-forcing"):
+        assert name in text
+
+
+def test_policies_lists_every_policy_with_types_defaults_and_a_line():
+    listed = json.loads(run("policies", "--json").stdout)["policies"]
+    assert listed["window"]["options"]["frames"] == {"type": "int", "default": 21}
+    assert listed["full"]["options"] == {}
+    for name, policy in listed.items():
+        assert policy["about"], name
+    text = run("policies").stdout
+    assert "    positions: str = absolute" in text and "my_file.py:MyPolicy" in text
+
+
+def test_a_converted_checkpoint_is_a_model_that_generate_takes(model, tmp_path, folder):
+    torch.save({"generator_ema": upstream_state(tiny_transformer(seed=0))}, tmp_path / "self_forcing_dmd.pt")
+    checkpoint = [tmp_path / "self_forcing_dmd.pt", "out", "--base", model, "--dtype", "float32"]
+    made = report(run("convert", *checkpoint, "--json"))
+    assert made["family"] == "self-forcing" and made["ema"] is True and made["dtype"] == "float32"
+    refused(run("convert", *checkpoint), "out exists", "--overwrite")
+    assert "self-forcing" in run("convert", *checkpoint, "--overwrite", "--family", "self-forcing").stdout
+    refused(run("convert", tmp_path / "none.pt", "out2", "--base", model, "--family", "longlive"), "does not exist")
+    refused(run("convert", *checkpoint[:1], "out2", "--base", tmp_path), str(tmp_path))
+    assert report(generate(folder / "out", "--size", "32x16", "--chunks", 1, "--json"))["frames"] == 9
+    assert sorted(os.listdir(folder)) == ["a.mp4", "out"]
+
+
+def test_amounts_of_memory_are_read_and_said_in_the_usual_units():
+    read = {"500MB": 500e6, "1.5GB": 1.5e9, "2GiB": 2**31, "64 kb": 64e3, "7": 7, "3K": 3e3}
+    assert {text: shell.parse_bytes(text) for text in read} == read
+    for text in ("", "0", "MB", "-1MB", "1XB", "i"):
+        with pytest.raises(longtake.LongtakeError):
+            shell.parse_bytes(text)
+    said = {0: "0 B", 999: "999 B", 1000: "1 kB", 2_080_512: "2.08 MB", 123_400_000_000: "123 GB"}
+    assert {count: shell.bytes_text(count) for count in said} == said
+
+
+def test_a_long_log_gets_a_line_now_and_then_on_stderr(model, folder, monkeypatch):
+    monkeypatch.setattr("longtake.commands.progress._LOG_SECONDS", 0)
+    result = generate(model, "--chunks", 2, "--json")
+    assert json.loads(result.stdout)["chunks"] == 2
+    assert len(result.stderr.splitlines()) == 2
+    for words in ("a.mp4: 1/2 chunks", "chunks/s", "x realtime", "held"):
+        assert words in result.stderr.splitlines()[0]
