@@ -185,11 +185,11 @@ class Session:
         block = self._admit(self.geometry.chunk_frames)
         try:
             x0 = self._denoise(block, clock)
-            finite = torch.isfinite(x0).all()  # read only after the commit pass is on its way: no stall on a GPU
-            self._forward_all(x0, CLEAN_TIMESTEP, block, clock, write=True)
-            if not finite.item():
+            written = self._forward_all(x0, CLEAN_TIMESTEP, block, clock, write=True)
+            # read only after the commit pass is on its way: no stall on a GPU; its output shows a bad key or value
+            if not (torch.isfinite(x0).all() & torch.isfinite(written).all()).item():
                 raise NonFiniteError(
-                    f"chunk {self.index} has NaN or infinite latents and was not committed; "
+                    f"chunk {self.index} has NaN or infinite values and was not committed; "
                     "go back with Session.restore(snapshot), or try another seed or dtype"
                 )
             attended = self.history.attended() + self.geometry.tokens_per_frame * self.geometry.chunk_frames
@@ -379,10 +379,10 @@ class Session:
             raise LongtakeError(f"image {given}: give a float tensor {list(size)} in [-1, 1], or one such per take")
         image = image.reshape(-1, *size)
         latents = self.host.encode_image(image).float().expand(self.batch, -1, -1, -1, -1)
-        if not torch.isfinite(latents).all():
-            raise NonFiniteError("the first image encodes to NaN or infinite latents")
         block = self._admit(1)
-        self._forward_all(latents, CLEAN_TIMESTEP, block, _Clock(), write=True)
+        written = self._forward_all(latents, CLEAN_TIMESTEP, block, _Clock(), write=True)
+        if not (torch.isfinite(latents).all() & torch.isfinite(written).all()).item():
+            raise NonFiniteError("the first image leads to NaN or infinite values: is it finite, and in [-1, 1]?")
         self.history.commit(block)
         self._first_frames = self._decode(latents)
         self.frame = 1

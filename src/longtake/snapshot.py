@@ -91,8 +91,8 @@ def restore(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
-    if description["format"] != FORMAT:
-        raise LongtakeError(f"{path} has snapshot format {description['format']}; this version reads {FORMAT}")
+    if description.get("format") != FORMAT:
+        raise LongtakeError(f"{path} has snapshot format {description.get('format')}; this version reads {FORMAT}")
     host = model if isinstance(model, Host) else load(model)
     if str(host.dtype) != description["dtype"]:
         raise LongtakeError(
@@ -155,7 +155,7 @@ def _check_fits(history: History, tensors: dict[str, Tensor], path: Any) -> None
 
 
 def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if history._live:
+    if history._live or history.fusing:
         raise LongtakeError("a snapshot is taken between two chunks")
     tensors: dict[str, Tensor] = {}
     held: dict[str, list[Any]] = {}
@@ -172,8 +172,9 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
             present = [f.name for f in fields(Rows) if getattr(rows, f.name) is not None]
             tensors.update({f"history/{stream}/held/{i}/{name}": getattr(rows, name) for name in present})
             held[stream].append([block, form, present])
-    for layer, score in history._scores.items():
-        tensors[f"history/scores/{layer}"] = score
+    scores = {stream: sorted(by_layer) for stream, by_layer in history._scores.items()}
+    for stream, layers in scores.items():
+        tensors.update({f"history/scores/{stream}/{layer}": history._scores[stream][layer] for layer in layers})
     blocks = []
     for i, b in enumerate(history.table().blocks):
         forms = {
@@ -188,7 +189,7 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
     sizes = {stream: store.size for stream, store in history.stores.items()}
     return tensors, {
         "held": held, "blocks": blocks, "frames_seen": history.frames_seen, "next_id": history._next_id,
-        "rows": sizes, "scores": sorted(history._scores),
+        "rows": sizes, "scores": scores,
     }  # fmt: skip
 
 
@@ -209,7 +210,10 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             for name in set(present) - {"rows", "tokens"}:
                 values[name] = values[name].to(store.k.device)
             store.held[(block, form)] = Rows(**values)
-    history._scores = {layer: tensors[f"history/scores/{layer}"].to(history.device) for layer in meta["scores"]}
+    history._scores = {
+        stream: {layer: tensors[f"history/scores/{stream}/{layer}"].to(history.device) for layer in layers}
+        for stream, layers in meta["scores"].items()
+    }
     for i, b in enumerate(meta["blocks"]):
         held = {
             name: Form(tokens, _as_token_set(tensors, f"history/blocks/{i}/{name}", kept))

@@ -7,7 +7,6 @@ rotation and one rounding (re-rotating bf16 keys in place reaches 3 % error afte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ class Store:
 
     def take(self, key: tuple[int, str], base: Tensor, step: Tensor) -> Rows:
         """Rows for a new form of a block whose tokens stand at `base`, `step` [n, axes]; the lowest free ones."""
-        free = (~self.used).nonzero()[: len(base), 0]
+        free = (~self.used).nonzero()[: len(base), 0].clone()  # a slice would keep the numbers of all free rows alive
         if len(free) < len(base):
             raise HistoryFull(f"{len(base)} rows are needed, {len(free)} of {self.size} are free")
         self.used[free] = True
@@ -102,11 +101,3 @@ def span(rows: Tensor) -> slice | Tensor:
     if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((rows.diff() == 1).all()):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
-
-
-def runs(rows: Tensor) -> list[tuple[int, slice]]:
-    """Consecutive stretches of `rows` as (offset in `rows`, slice of the store)."""
-    if not len(rows):
-        return []
-    cuts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
-    return [(a, slice(int(rows[a]), int(rows[a]) + b - a)) for a, b in pairwise(cuts)]

@@ -41,7 +41,12 @@ def load(
     """
     if hasattr(source, "transformer") and hasattr(source, "vae"):
         return _from_pipeline(source, causal)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(source, str | Path):
+        raise LongtakeError(
+            f"a {type(source).__name__} is no model: give the name of an embedded model, a folder in diffusers format, "
+            "a Hub id, or a pipeline object"
+        )
+    device = _device(device)
     dtype = _dtype(dtype, device)
     name, found = str(source), embedded().get(str(source))
     folder = found or Path(source).expanduser()
@@ -166,15 +171,22 @@ def _looks_like_hub_id(name: str) -> bool:
     return bool(owner and model) and "/" not in model and not name.startswith((".", "/", "~"))
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name, or a kind this torch is built without
+        raise LongtakeError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+    return found
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise LongtakeError(f"dtype {dtype!r}: use one of {', '.join(known)}")
-    return known[dtype]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in known and dtype not in known.values():
+        raise LongtakeError(f"dtype {str(dtype)!r}: use one of {', '.join(known)}")
+    return known.get(dtype, dtype)  # type: ignore[arg-type]
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,17 +112,23 @@ class CausalWan(Host):
 
     def release(self) -> None:
         """Put the transformer's own processors back; the host is of no use afterwards."""
+        if self._released():
+            return  # whoever holds the transformer now keeps it
         for block, (first, second) in zip(self.transformer.blocks, self._originals, strict=True):
             block.attn1.set_processor(first)
             block.attn2.set_processor(second)
+
+    def _released(self) -> bool:
+        return self.transformer.blocks[0].attn1.processor is not self._self[0]
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
         stride = (4, 8, 8)
         if self.vae is not None:
             stride = (self.vae.config.scale_factor_temporal, *([self.vae.config.scale_factor_spatial] * 2))
         return Geometry(
-            height or self.config.height, width or self.config.width, self.transformer.config.in_channels,
-            self.config.chunk_frames, self.config.fps, stride, tuple(self.transformer.config.patch_size),
+            self.config.height if height is None else height, self.config.width if width is None else width,
+            self.transformer.config.in_channels, self.config.chunk_frames, self.config.fps, stride,
+            tuple(self.transformer.config.patch_size),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -187,9 +193,7 @@ class CausalWan(Host):
     @torch.no_grad()
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
         batch = latents.shape[0]
-        if (
-            self.transformer.blocks[0].attn1.processor is not self._self[0]
-        ):  # the chunk would be generated without its past
+        if self._released():  # the chunk would be generated without its past
             raise LongtakeError(f"{self.name}: this host was released; make a new one with longtake.load")
         with self.lock:
             try:
