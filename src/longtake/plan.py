@@ -150,15 +150,16 @@ class Choose:
 class Fuse:
     """Replace `blocks` by one whose tokens are chosen per layer and head, and see that one.
 
-    `keep` [L, B, H, n]: indices into the concatenation of the blocks' owned tokens. Left open (None), the history asks
-    `policy.score` for the best `n` with the queries of the first forward that needs them, every stream for itself.
+    `keep` [L, B, H, n], or one such per stream: indices into the concatenation of the blocks' owned tokens. Left open
+    (None), the history asks `policy.score` for the best `n` with the queries of the first forward that needs them,
+    every stream for itself.
     Survivors are stored in ascending order, or with `sort=False` best first (the published FlowCache pools its scores
     over that order).
     """
 
     blocks: tuple[int, ...]
     n: int
-    keep: Tensor | None = None
+    keep: Tensor | Mapping[str, Tensor] | None = None
     shift: float = 0
     sort: bool = True
 
@@ -179,6 +180,9 @@ class Plan:
     entries: tuple[Entry | Choose | Fuse, ...] = ()
     drops: tuple[Drop, ...] = ()
     live_shift: float = 0  # moves the chunk in flight itself (a RoPE cut)
+    # Blocks whose keys `score` gets at the policy's moment, if the pass sees them; None: all it sees. Blocks that are
+    # being fused stand for what they become.
+    observe: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +190,8 @@ class Signals:
     """What was collected at a policy's request. Empty unless it declares `moment` or `requires`."""
 
     chunk: int = 0  # index of the chunk about to be generated
-    scores: Mapping[int, Tensor] = field(default_factory=dict)  # layer → what `score` returned at the named moment
+    # stream → layer → what `score` returned at the policy's moment, the last time it came
+    scores: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
 def intersect(a: TokenSet, b: TokenSet) -> TokenSet:

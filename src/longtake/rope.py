@@ -43,7 +43,7 @@ class RotaryTable:
     def rotate(self, x: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
         """Turn `x` [B, N, H, D] by `phases` [N, P, 2] (shared by heads) or [B, N, H, P, 2]; the result has x's dtype.
 
-        `out`, if given, receives the result (its dtype) and must not overlap `x`.
+        `out`, if given, receives the result (its dtype); it is `x` itself or does not overlap it.
         """
         if phases.dim() == 3:
             phases = phases.unsqueeze(1)  # [N, 1, P, 2]: broadcast over heads

@@ -44,17 +44,23 @@ class FuseOldest(KVPolicy):
     def plan(self, table: BlockTable, signals: Signals) -> Plan:
         chunk = table.live[-1].forms[FULL].count
         held = sum(block.forms[FULL].count for block in (*table.blocks, *table.live))
-        if held <= self.total * chunk:
-            return Plan(tuple(Entry(block.id) for block in table.blocks))
+        fuses = held > self.total * chunk
+        oldest, tokens = [], -chunk if fuses else 0  # fusing makes the past one chunk shorter
+        for block in (*table.blocks, *table.live):
+            if tokens < self.finished * chunk:
+                oldest.append(block.id)
+                tokens += block.forms[FULL].count
+        if not fuses:
+            return Plan(tuple(Entry(block.id) for block in table.blocks), observe=tuple(oldest))
         n = (self.finished - 1) * chunk
-        scores = torch.stack([signals.scores[layer] for layer in sorted(signals.scores)])  # [L, B, H, candidates]
+        scored = signals.scores["cond"]
+        scores = torch.stack([scored[layer] for layer in sorted(scored)])  # [L, B, H, candidates]
         best = scores.unflatten(-1, (-1, self.group)).mean(-1).topk(n // self.group, dim=-1).indices
         keep = (best[..., None] * self.group + torch.arange(self.group)).flatten(-2)
-        return Plan((Fuse(tuple(block.id for block in table.blocks), n, keep, sort=self.sort),))
+        return Plan((Fuse(tuple(block.id for block in table.blocks), n, keep, sort=self.sort),), observe=tuple(oldest))
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
-        """[B, H, candidates] of the oldest chunks: they are the first keys in view."""
-        k = k[:, : self.finished * q.shape[1]]
+        """[B, H, candidates] of the oldest chunks, which the plan has observed."""
         q = q if self.asking is None else q[:, -self.asking :]
         return torch.stack([token_scores(*pair, self.mix) for pair in zip(q, k.transpose(1, 2), strict=True)])
 

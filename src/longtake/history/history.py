@@ -50,6 +50,7 @@ class _Live:
     positions: dict[tuple[str, str], Positions]  # (stream, form)
     phases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     written: set[tuple[str, str]] = field(default_factory=set)
+    scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # what had been scored when it was announced
 
 
 class History:
@@ -85,7 +86,7 @@ class History:
         self._views: dict[str, StreamView] = {}
         self._plan = Plan()
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
-        self._scores: dict[int, Tensor] = {}
+        self._scores: dict[str, dict[int, Tensor]] = {stream: {} for stream in streams}
         for stream in streams:
             self._buffer(stream)
 
@@ -98,7 +99,7 @@ class History:
         return BlockTable(past, live, self.frames_seen)
 
     def signals(self, chunk: int = 0) -> Signals:
-        return Signals(chunk, dict(self._scores))
+        return Signals(chunk, self._scored())
 
     # --- the life of a chunk ------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ class History:
         block = self._next_id
         self._next_id += 1
         per_stream = positions if isinstance(positions, Mapping) else dict.fromkeys(self.streams, positions)
-        self._live[block] = _Live({(s, FULL): p for s, p in per_stream.items()})
+        self._live[block] = _Live({(s, FULL): p for s, p in per_stream.items()}, scores=self._scored())
         tokens = len(per_stream[self.streams[0]][0])
         self.blocks.append(Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural))
         return block
@@ -156,6 +157,8 @@ class History:
 
         Where several passes of a block share its K/V, let the one that writes be the last: after any other, the
         resident view is mended from the store before a later live block looks at it."""
+        if stream not in self._views:
+            raise RuntimeError("no plan is in force: call apply(plan) after admit and commit, before layers")
         live, view, store = self._live[block], self._views[stream], self.stores[stream]
         held = store.held[(block, form)]
         tokens = len(held.rows)
@@ -174,6 +177,7 @@ class History:
         first = 0 if history else start
         window, tail = slice(first, start + tokens), slice(start - first, start - first + tokens)
         bias = None if view.bias is None else view.bias[window]
+        observed = self._observed(stream, view, [*before, block], first) if observe else None
         result = []
         for layer in range(self.shape.layers):
             at = layer if self.residency == "resident" else 0
@@ -187,7 +191,7 @@ class History:
                 LayerView(
                     self.rotary, live.phases[(stream, form)], k[:, window], v[:, window], tail, bias, prepare,
                     self._writer(store, layer, held) if write else None,
-                    self._observer(layer) if observe and stream == self.streams[0] else None,
+                    self._observer(stream, layer, observed) if observe else None,
                 )
             )  # fmt: skip
         if write:
@@ -213,13 +217,20 @@ class History:
         self._views = {}
 
     def abandon(self, block: int) -> None:
-        """Forget a chunk in flight, as if it had never been announced."""
-        del self._live[block]
+        """Forget a chunk in flight and what was scored with it. What its plan dropped or fused stays so: the same plan
+        follows from the table that is left."""
+        self._scores = self._live.pop(block).scores
         for store in self.stores.values():
             for key in [key for key in store.held if key[0] == block]:
                 store.drop(key)
         del self.blocks[self._index(block)]
         self._views = {}
+
+    @property
+    def fusing(self) -> bool:
+        """Whether a fusing has begun and not all layers and streams have had their forward."""
+        self._settle()
+        return any(part.done for _, _, per_stream in self._fusing for part in per_stream.values())
 
     # --- bytes --------------------------------------------------------------------------------------------------
 
@@ -242,6 +253,9 @@ class History:
         return used * self.shape.token_bytes // self.shape.streams
 
     # --- within -------------------------------------------------------------------------------------------------
+
+    def _scored(self) -> dict[str, dict[int, Tensor]]:
+        return {stream: dict(scores) for stream, scores in self._scores.items()}
 
     def _index(self, block: int) -> int:
         return next(i for i, b in enumerate(self.blocks) if b.id == block)
@@ -303,9 +317,10 @@ class History:
             for stream, store in self.stores.items():
                 sources = [store.held[(b, FULL)] for b in fuse.blocks]
                 part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score)
-                if fuse.keep is not None:
+                keep = fuse.keep[stream] if isinstance(fuse.keep, Mapping) else fuse.keep
+                if keep is not None:
                     for layer in range(self.shape.layers):
-                        part.resolve(layer, keep=fuse.keep[layer].to(self.device))
+                        part.resolve(layer, keep=keep[layer].to(self.device))
                 fusings.setdefault(at, {})[stream] = part
             self._fusing.append((fuse, self._next_id, fusings[at]))
             self._next_id += 1
@@ -316,6 +331,8 @@ class History:
     def _lay_out(self, stream: str, plan: Plan, fusings: dict[int, dict[str, Fusing]]) -> StreamView:
         store, weights = self.stores[stream], []
         parts: list[Part] = []
+        places: dict[int, range] = {}
+        at_token = 0
         pending: list[tuple[Tensor, Tensor]] = []  # rows and shifts of adjacent plain entries: one gather for all
 
         def flush() -> None:
@@ -334,16 +351,21 @@ class History:
                         rows = rows[torch.isin(held.tokens, as_tensor(entry.tokens))]
                     pending.append((rows, torch.full((len(rows),), float(entry.shift), dtype=torch.float64)))
                     weights.append((len(rows), entry.log_weight))
+                    places[entry.block] = range(at_token, at_token + len(rows))
+                    at_token += len(rows)
                     continue
                 part = Fused(store, self.rotary, held, entry.shift)
+                places[entry.block] = range(at_token, at_token + part.n)
             elif isinstance(entry, Choose):
                 candidates = [store.held[(b, entry.form)] for b in entry.candidates]
                 frames = [self.blocks[self._index(b)].frame for b in entry.candidates]
                 part = Chosen(store, self.rotary, candidates, frames, entry.k, entry.starts, self._score())
             else:
                 part = fusings[at][stream]
+                places.update(dict.fromkeys(entry.blocks, range(at_token, at_token + part.n)))
             flush()
             parts.append(part)
+            at_token += part.n
             weights.append((part.n, getattr(entry, "log_weight", 0.0)))
         flush()
         live = sum(len(store.held[(b, FULL)].rows) for b in self._live)
@@ -355,7 +377,7 @@ class History:
         if need > self._view_rows:  # a plan that lists a block twice, or full history
             self._view_rows = need if self.fixed else max(need, store.size)
         k, v = self._buffer(stream)
-        return StreamView(parts, k, v, bias)
+        return StreamView(parts, places, k, v, bias)
 
     def _score(self) -> Callable[[Tensor, Tensor], Tensor]:
         if self.score is None:
@@ -404,11 +426,25 @@ class History:
 
         return write
 
-    def _observer(self, layer: int) -> Callable[[Tensor, Tensor], None]:
+    def _observed(self, stream: str, view: StreamView, live: list[int], first: int) -> Tensor | None:
+        """Where the keys of `Plan.observe`, as far as the pass sees them, stand in a window of the view that begins at
+        `first`; None: all of them."""
+        wanted = self._plan.observe
+        if wanted is None:
+            return None
+        places, start = dict(view.places), view.n
+        for block in live:
+            places[block] = range(start, start + len(self.stores[stream].held[(block, FULL)].rows))
+            start = places[block].stop
+        seen = sorted({at for b, at in places.items() if b in wanted and at.start >= first}, key=lambda at: at.start)
+        index = [torch.arange(at.start - first, at.stop - first) for at in seen]
+        return torch.cat(index or [torch.arange(0)]).to(self.device)
+
+    def _observer(self, stream: str, layer: int, at: Tensor | None) -> Callable[[Tensor, Tensor], None]:
         score = self._score()
 
         def observe(q: Tensor, k: Tensor) -> None:
-            self._scores[layer] = score(q, k)
+            self._scores[stream][layer] = score(q, k if at is None else k.index_select(1, at))
 
         return observe
 
@@ -427,13 +463,15 @@ class History:
         if not isinstance(at, slice):
             raise LongtakeError("residency 'alias' needs equal chunks; use residency='resident' or 'scratch'")
         live.written.add((stream, form))
-        observer = observe and stream == self.streams[0]
         window = slice(0, used) if history else at
+        observed = None
+        if observe and self._plan.observe is not None:
+            observed = torch.cat([store.held[(b, FULL)].rows for b in self._plan.observe]).to(self.device)
         tail = slice(at.start - window.start, at.stop - window.start)
         return [
             LayerView(
                 self.rotary, live.phases[(stream, form)], store.k[layer][:, window], store.v[layer][:, window], tail,
-                None, None, None, self._observer(layer) if observer else None,
+                None, None, None, self._observer(stream, layer, observed) if observe else None,
             )
             for layer in range(self.shape.layers)
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention import attend
 from ..rope import RotaryTable
-from .store import Rows, Store, runs, span
+from .store import Rows, Store, span
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,19 +81,13 @@ class Plain(Part):
         at = rows.to(store.base.device)
         position = store.base[at] + shift.to(store.base)[:, None] * store.step[at]
         self.phases = rotary.phases(position)
-        stretches = runs(rows)
-        self.stretches = stretches if len(stretches) <= 16 else None
         self.rows = at
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        if self.stretches is None:
-            self.rotary.rotate(self.store.k[layer].index_select(1, self.rows), self.phases, out=k)
-            v.copy_(self.store.v[layer].index_select(1, self.rows))
-            return
-        for start, rows in self.stretches:
-            to = slice(start, start + rows.stop - rows.start)
-            self.rotary.rotate(self.store.k[layer][:, rows], self.phases[to], out=k[:, to])
-            v[:, to].copy_(self.store.v[layer][:, rows])
+        # one gather however the rows lie: the same operations at every turn of a window's ring of slots
+        torch.index_select(self.store.k[layer], 1, self.rows, out=k)
+        torch.index_select(self.store.v[layer], 1, self.rows, out=v)
+        self.rotary.rotate(k, self.phases, out=k)
 
 
 class Fused(Part):
@@ -218,6 +212,7 @@ class StreamView:
     """One stream's view under the current plan: its parts, and the buffers they are written to."""
 
     parts: list[Part]
+    places: dict[int, range]  # where a block's keys stand, of the blocks a plan names outright
     k: Tensor  # [L or 1, B, rows, H, D]
     v: Tensor
     bias: Tensor | None

@@ -32,7 +32,8 @@ class KVPolicy:
         """The method's formula, for one layer: rotated queries [B, Nq, Hq, D] against rotated keys [B, Nk, Hk, D].
 
         For `Choose`, k is one key sum per candidate and the answer is [B, Nk]; for `Fuse` it is [B, Hk, Nk]; at a
-        named `moment` it is whatever `plan` wants to find in `signals.scores[layer]`.
+        named `moment` k holds the blocks of `Plan.observe` in view order, and the answer is whatever `plan` wants to
+        find in `signals.scores[stream][layer]`: guidance streams score for themselves.
         """
         raise NotImplementedError
 
