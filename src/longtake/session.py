@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ class Session:
         chunks: an upper limit if it is known; the take then ends by itself, and full history is allocated at once.
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
+        keep_latents: keep the latents of every chunk the history holds, so that `rebuild` can rewrite its K/V.
         decode: False yields latents only.
         callback_on_step_end(session, step, timestep, {"latents": x0}) → dict or None; x0 [B, C, f, h, w] is the step's
             prediction of the finished chunk, and {"latents": …} replaces it.
@@ -119,7 +120,7 @@ class Session:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, chunks: int | None = None, residency: str = "resident",
-        memory_limit: int | None = None, decode: bool = True,
+        memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
     ) -> None:  # fmt: skip
@@ -162,6 +163,7 @@ class Session:
         self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
         self.history = self._make_history(residency, memory_limit)
         self.decoder: Decoder | None = self.host.decoder() if decode else None
+        self._latents: dict[int, Tensor] | None = {} if keep_latents else None  # block → latents [B, C, f, h, w]
         self.frame = 0  # next latent frame
         self.index = 0  # next chunk
         self.stats = SessionStats()
@@ -200,7 +202,7 @@ class Session:
             self.history.abandon(block)
             self._restore_noise(rng)
             raise
-        self.history.commit(block)
+        self._commit(block, x0)
         stats = ChunkStats(
             self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
             time.perf_counter() - started, clock.seconds, decode_seconds, attended, self.history.held_bytes,
@@ -236,6 +238,27 @@ class Session:
             raise LongtakeError(f"{len(embeds)} prompt embeddings for {self.batch} takes: give one for each")
         self._prompt, self._pending = "", self.host.text_state(embeds)
 
+    @torch.no_grad()
+    def rebuild(self) -> int:
+        """Rewrite the K/V of every held chunk from its latents under the prompt in force, oldest first, each seeing what
+        the policy shows it of those before (prompt recache, chunk by chunk). Chunks that have lost tokens stay as they
+        are. Returns the number of chunks rewritten. Needs `keep_latents=True`."""
+        if self._latents is None:
+            raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
+        self._obey()
+        whole = [block.id for block in self.history.table().blocks if block.complete and block.id in self._latents]
+        for block in whole:
+            table = self.history.reopen(block)
+            try:
+                plan = self.policy.plan(table, self.history.signals(self.index))
+                self.history.apply(replace(plan, drops=()))
+                self._forward_all(self._latents[block], CLEAN_TIMESTEP, block, _Clock(), write=True)
+                self.history.commit(block)
+            except BaseException:
+                self.history.abandon(block)
+                raise
+        return len(whole)
+
     # --- what it holds ----------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, int]:
@@ -245,6 +268,7 @@ class Session:
         parts["text"] = sum(text.nbytes for text in texts)
         parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
         parts["decoder"] += self._first_frames.nbytes if self._first_frames is not None else 0
+        parts["latents"] = sum(latents.nbytes for latents in (self._latents or {}).values())
         parts["reuse"] = sum(
             t.nbytes for s in self._streams.values() for t in (s.reuse.feature, s.reuse.carry) if t is not None
         )
@@ -306,6 +330,12 @@ class Session:
             self.history.abandon(block)
             raise
         return block
+
+    def _commit(self, block: int, latents: Tensor) -> None:
+        self.history.commit(block)
+        if self._latents is not None:
+            held = {b.id for b in self.history.table().blocks}
+            self._latents = {b: kept for b, kept in self._latents.items() if b in held} | {block: latents}
 
     def _denoise(self, block: int, clock: _Clock) -> Tensor:
         height, width = self.geometry.latent_size
@@ -383,7 +413,7 @@ class Session:
         written = self._forward_all(latents, CLEAN_TIMESTEP, block, _Clock(), write=True)
         if not (torch.isfinite(latents).all() & torch.isfinite(written).all()).item():
             raise NonFiniteError("the first image leads to NaN or infinite values: is it finite, and in [-1, 1]?")
-        self.history.commit(block)
+        self._commit(block, latents)
         self._first_frames = self._decode(latents)
         self.frame = 1
 

@@ -55,6 +55,8 @@ def save(session: Session, path: Any) -> None:
         tensors[f"text/{name}"] = stream.text.embeds
     if session._pending is not None:
         tensors["text/pending"] = session._pending.embeds
+    for block, latents in (session._latents or {}).items():
+        tensors[f"latents/{block}"] = latents
     if session._first_frames is not None:
         tensors["first_frames"] = session._first_frames
     decoder_meta = None
@@ -68,7 +70,7 @@ def save(session: Session, path: Any) -> None:
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
-        "frame": session.frame, "index": session.index, "residency": session.history.residency,
+        "keep_latents": session._latents is not None, "frame": session.frame, "index": session.index, "residency": session.history.residency,
         "decoder": decoder_meta, "history": meta, "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -116,11 +118,15 @@ def restore(
         generator=[torch.Generator(device) for device in description["generators"]],
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decoder"] is not None,
+        keep_latents=description["keep_latents"],
     )  # fmt: skip
     session._prompt, session._negative = description["prompt"], description["negative"]
     session.lockstep = description["lockstep"]
     session.frame, session.index = description["frame"], description["index"]
     session._first_frames = tensors.get("first_frames")
+    if session._latents is not None:
+        held = {key: latents for key, latents in tensors.items() if key.startswith("latents/")}
+        session._latents = {int(key.removeprefix("latents/")): x.to(host.device) for key, x in held.items()}
     if "text/pending" in tensors:
         session._pending = host.text_state(tensors["text/pending"])
     session._restore_noise([tensors[f"rng/{i}"] for i in range(session.batch)])

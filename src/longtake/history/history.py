@@ -50,6 +50,7 @@ class _Live:
     positions: dict[tuple[str, str], Positions]  # (stream, form)
     phases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     written: set[tuple[str, str]] = field(default_factory=set)
+    reopened: bool = False  # it was part of the past before
     scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # what had been scored when it was announced
 
 
@@ -213,13 +214,36 @@ class History:
         at = self._index(block)
         role = "anchor" if self.blocks[at].role == "anchor" else "committed"
         self.blocks[at] = replace(self.blocks[at], role=role)
-        self.frames_seen += self.blocks[at].span
+        self.frames_seen += 0 if live.reopened else self.blocks[at].span
         self._views = {}
+
+    def reopen(self, block: int) -> BlockTable:
+        """Make a committed block live again, so that a pass can write its K/V anew where they lie (prompt recache).
+        Returns the table as it was when the block was in flight, of what is still held: plan over that, without its
+        drops. Only a whole block can be reopened."""
+        at = self._index(block)
+        old = self.blocks[at]
+        if self._live or not old.complete:
+            raise RuntimeError(f"block {block} cannot be written anew: it has lost tokens, or a chunk is in flight")
+        positions = {}
+        for stream, store in self.stores.items():
+            rows = store.held[(block, FULL)].rows.to(store.base.device)
+            positions[(stream, FULL)] = (store.base[rows], store.step[rows])
+        self._live[block] = _Live(positions, reopened=True, scores=self._scored())
+        self.blocks[at] = replace(old, role="anchor" if old.role == "anchor" else "live")
+        self._views = {}
+        return BlockTable(tuple(b for b in self.blocks[:at]), (self.blocks[at],), old.frame)
 
     def abandon(self, block: int) -> None:
         """Forget a chunk in flight and what was scored with it. What its plan dropped or fused stays so: the same plan
-        follows from the table that is left."""
-        self._scores = self._live.pop(block).scores
+        follows from the table that is left. A reopened block goes back to the past with what was written of it."""
+        live = self._live.pop(block)
+        self._scores = live.scores
+        if live.reopened:
+            at = self._index(block)
+            self.blocks[at] = replace(self.blocks[at], role="committed" if self.blocks[at].role == "live" else "anchor")
+            self._views = {}
+            return
         for store in self.stores.values():
             for key in [key for key in store.held if key[0] == block]:
                 store.drop(key)
