@@ -108,8 +108,8 @@ def test_a_new_prompt_is_obeyed_from_the_next_chunk_on_and_not_before():
     steady, changed = take_of(), take_of()
     for _ in range(2):
         assert torch.equal(next(changed).latents, next(steady).latents)
-    changed.set_prompt_embeds(text(seed=50))
     history = changed.history.stores["cond"].k.clone()
+    changed.set_prompt_embeds(text(seed=50))
     assert torch.equal(changed.history.stores["cond"].k, history)
     assert not torch.allclose(next(changed).latents, next(steady).latents, atol=1e-3)
 
