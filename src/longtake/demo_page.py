@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 _WIDTH, _HEIGHT = 560, 250  # of a chart, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 10, 12, 38  # its margins
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 26, 12, 38  # its margins
 
 
 def page(result: dict[str, Any]) -> str:
