@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longtake import FullHistory, KVPolicy, LongtakeError, SlidingWindow
 from longtake.history import History
-from longtake.plan import HistoryShape, as_tensor
+from longtake.plan import Block, BlockTable, Choose, Drop, Entry, Form, HistoryShape, Plan, Signals, as_tensor
 from longtake.policies import available, build, describe, parse
 from longtake.rope import RotaryTable
 
@@ -255,6 +255,53 @@ def test_full_history_shows_everything_where_it_was_written_and_always_covers(sp
 def test_full_history_cannot_be_fitted_to_bytes():
     with pytest.raises(LongtakeError, match="full cannot be fitted"):
         FullHistory().fit(10**9, HistoryShape(1, 1, 2, 4, 2, 3))
+
+
+# --- what it takes to cover -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Says(KVPolicy):
+    """A policy that always gives the same answer."""
+
+    answer: Plan
+
+    def plan(self, table: BlockTable, signals: Signals) -> Plan:
+        return self.answer
+
+
+def two_blocks(frames_seen: int = 6) -> BlockTable:
+    forms = [{"full": Form(6)}, {"full": Form(6), "compressed": Form(2)}]
+    blocks = tuple(Block(i, "committed", 3 * i, 3, form) for i, form in enumerate(forms))
+    return BlockTable(blocks, (Block(2, "live", frames_seen, 3, {"full": Form(6)}),), frames_seen)
+
+
+EVERYTHING = (Entry(0), Entry(1))
+
+
+PLANS = {
+    "everything": (Plan(EVERYTHING), True),
+    "everything, token by token": (Plan((Entry(0, tokens=range(6)), Entry(1))), True),
+    "a block missing": (Plan((Entry(0),)), False),
+    "another order": (Plan((Entry(1), Entry(0))), False),
+    "a block twice": (Plan((Entry(0), Entry(0))), False),
+    "tokens missing": (Plan((Entry(0, tokens=range(5)), Entry(1))), False),
+    "a block moved": (Plan((Entry(0, shift=1), Entry(1))), False),
+    "a block weighted": (Plan((Entry(0), Entry(1, log_weight=0.1))), False),
+    "a smaller form": (Plan((Entry(0), Entry(1, "compressed"))), False),
+    "an open choice": (Plan((Entry(0), Choose((1,), 1))), False),
+    "a drop": (Plan(EVERYTHING, (Drop(1, "compressed"),)), False),
+    "the chunk in flight moved": (Plan(EVERYTHING, live_shift=-1), False),
+}
+
+
+@pytest.mark.parametrize(("plan", "covers"), PLANS.values(), ids=PLANS)
+def test_covering_is_everything_whole_and_in_place(plan, covers):
+    assert Says(plan).covers(two_blocks()) is covers
+
+
+def test_nothing_covers_once_something_is_lost():
+    assert not Says(Plan(EVERYTHING)).covers(two_blocks(frames_seen=9))
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
