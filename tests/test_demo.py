@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,11 @@ from longtake.demo import check_out, label_of, line_up, make_demo
 from longtake.demo_page import bytes_text, nice_ticks, page
 from longtake.policies import FullHistory, SlidingWindow
 from longtake.video import Mp4Writer, read_video
-from tests.test_cli import ENVIRONMENT, write_model
+from tests.test_cli import (
+    ENVIRONMENT,
+    write_model,
+    written,  # noqa: F401 - a fixture
+)
 
 EVIL = '<script>alert(1)</script> & "red"'
 
@@ -69,17 +74,18 @@ def test_every_prompt_meets_every_policy_for_the_same_length(host, made):
     assert result["seconds"] == 37 / 8 and result["shortened_from"] is None
 
 
-def test_takes_are_the_ones_the_library_makes_with_that_policy_and_seed(host, made, tmp_path):
-    out, result = made
-    for policy in (FullHistory(), SlidingWindow(6, sink=0)):
-        take = longtake.generate(host, chunks=result["chunks"], policy=policy, prompt="red", seed=0)
-        with Mp4Writer(tmp_path / "again.mp4", 8, 16, 32) as video:
-            for chunk in take:
-                video.write(chunk.frames)
-        row = next(t for t in result["takes"] if t["policy"] == label_of(policy) and t["prompt"] == "red")
-        assert np.array_equal(read_video(out / row["video"]), read_video(tmp_path / "again.mp4"))
+def test_takes_are_the_ones_the_library_makes_with_that_policy_and_seed(host, tmp_path, written):  # noqa: F811
+    policies = [FullHistory(), SlidingWindow(6, sink=0)]
+    result = make_demo(tmp_path / "out", host, prompts=["red", "kite"], policies=policies, seconds=4, seed=3)
+    expected = []
+    for row, (prompt, policy) in zip(result["takes"], product(("red", "kite"), policies), strict=True):
+        take = longtake.generate(host, chunks=result["chunks"], policy=policy, prompt=prompt, seed=3)
+        expected += [chunk.frames for chunk in take]
+        assert (row["prompt"], row["policy"]) == (prompt, label_of(policy))
         assert row["memory"] == take.memory()
         assert row["chunks"][-1]["attended_tokens"] == take.stats.last.attended_tokens
+    assert torch.equal(torch.cat(written), torch.cat(expected))
+    assert not torch.equal(torch.cat(expected[:5]), torch.cat(expected[5:10]))  # the policies do differ
 
 
 def test_figures_add_up(made):
