@@ -514,7 +514,7 @@ def test_another_environment_is_warned_of(tmp_path):
 
 def one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 500
     return message
 
 

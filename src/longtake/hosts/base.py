@@ -47,7 +47,7 @@ class HostConfig:
         path = folder / CONFIG_NAME
         try:
             return cls.of(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # the last one: a list or a number instead of settings
             raise LongtakeError(f"{path}: not a readable model description ({error})") from error
 
     @classmethod

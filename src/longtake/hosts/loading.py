@@ -40,6 +40,8 @@ def load(
     Raises LongtakeError for a missing or unreadable model, and for a bidirectional one.
     """
     if hasattr(source, "transformer") and hasattr(source, "vae"):
+        if device is not None or dtype is not None:
+            raise LongtakeError("a pipeline keeps its own device and dtype: change them with pipe.to(…), before load")
         return _from_pipeline(source, causal)
     if not isinstance(source, str | Path):
         raise LongtakeError(
@@ -107,9 +109,11 @@ def _from_folder(
         raise LongtakeError(f"{folder} has no transformer/: a model folder in diffusers format is needed")
     try:
         options: dict[str, Any] = {"local_files_only": True}
-        transformer = WanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype, **options
+        transformer, report = WanTransformer3DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=dtype, output_loading_info=True, **options
         )
+        if absent := report["missing_keys"]:  # diffusers would go on with random values in their place
+            raise LongtakeError(f"transformer/ lacks {len(absent)} of its weights, {sorted(absent)[0]} among them")
         vae = text_encoder = tokenizer = None
         if (folder / "vae").is_dir():
             vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options)
@@ -134,6 +138,10 @@ def _from_pipeline(pipe: Any, causal: bool | str | None) -> Host:
     kind = type(pipe.transformer).__name__
     if kind != "WanTransformer3DModel":
         raise LongtakeError(f"a pipeline with a {kind} is not supported: give one with a WanTransformer3DModel")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise LongtakeError(
+            "a pipeline with two transformers (Wan2.2 A14B) is not supported: give one with a single one"
+        )
     name = str(getattr(pipe.config, "_name_or_path", None) or getattr(pipe, "_name_or_path", "") or type(pipe).__name__)
     folder = Path(name) if Path(name).is_dir() else None
     config = _config(name, folder, causal)
