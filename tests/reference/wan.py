@@ -1,8 +1,8 @@
 """Slow, obvious twins of the causal Wan host: one dense forward over all frames at once, masked block by block.
 
 `block_causal_forward` is the stock diffusers model with a plain attention processor. `wan_twin` is the network written
-out in plain torch, every operation in one dtype: in fp64 it is the truth, in bf16 it is how the published code runs
-(weights, norms' outputs, modulation and rotated keys all rounded to bf16).
+out in plain torch, every operation in one dtype: in fp64 it is the truth, in bf16 it emulates how the published code
+runs (weights, norms' outputs, modulation and rotated keys all rounded to bf16).
 """
 
 import copy
