@@ -1,4 +1,4 @@
-"""In bf16 the host is at least as accurate as running everything in bf16, as the published code does; fp64 is the truth."""
+"""In bf16 the host is at least as accurate as everything in bf16, the published way; fp64 is the truth."""
 
 import pytest
 import torch
