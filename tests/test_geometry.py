@@ -54,7 +54,7 @@ def test_published_lengths():
 
 
 @pytest.mark.parametrize("side", ["height", "width"])
-@pytest.mark.parametrize(("pixels", "advice"), [(481, "480 or 496"), (490, "480 or 496"), (15, "16 or 16")])
+@pytest.mark.parametrize(("pixels", "advice"), [(481, "480 or 496"), (490, "480 or 496"), (15, "16"), (-16, "16")])
 def test_sides_that_do_not_fit_are_refused_with_the_nearest_that_do(side, pixels, advice):
     with pytest.raises(LongtakeError, match=rf"{side} {pixels} .*multiple of 16, e\.g\. {advice}"):
         Geometry(**{**WAN, side: pixels})

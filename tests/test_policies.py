@@ -167,7 +167,6 @@ def test_owned_tokens_of_a_block_only_become_fewer(spans, frames, sink, text):
         owned = {block: set(tokens) for block, _, tokens in chunk.held}
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="only anchors without frames are spared")
 @pytest.mark.parametrize("positions", ["absolute", "slots"])
 def test_an_image_marked_as_an_anchor_is_never_evicted_even_without_a_sink(positions):
     take = Take(SlidingWindow(6, 0, positions), [1, 3, 3, 3, 3], image=True)
@@ -397,7 +396,6 @@ def test_a_wrong_policy_file_is_refused_with_what_is_in_it(policy_file, text, re
         parse(f"{policy_file(text)}{rest}")
 
 
-@pytest.mark.xfail(strict=True, raises=LongtakeError, reason="dataclasses look the module up in sys.modules by name")
 def test_a_policy_file_may_postpone_its_annotations(policy_file):
     path = policy_file("from __future__ import annotations\n" + dedent(FILE))
     assert parse(f"{path}:MyPolicy:last=1").last == 1

@@ -28,10 +28,9 @@ class Geometry:
         for side, pixels, axis in (("height", self.height, 1), ("width", self.width, 2)):
             unit = self.stride[axis] * self.patch[axis]
             if pixels <= 0 or pixels % unit:
-                below, above = max(unit, pixels // unit * unit), (pixels // unit + 1) * unit
-                raise LongtakeError(
-                    f"{side} {pixels} does not fit this model: use a multiple of {unit}, e.g. {below} or {above}"
-                )
+                above = max(1, pixels // unit + 1) * unit
+                near = f"{above - unit} or {above}" if above > unit else f"{above}"
+                raise LongtakeError(f"{side} {pixels} does not fit this model: use a multiple of {unit}, e.g. {near}")
         if self.chunk_frames < 1:
             raise LongtakeError(f"chunk of {self.chunk_frames} latent frames: a chunk has at least 1")
         if self.patch[0] != 1:

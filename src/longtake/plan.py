@@ -215,7 +215,8 @@ def as_tensor(tokens: TokenSet) -> Tensor:
 def pack_right(entries: Sequence[tuple[Entry, int, int]], anchor: int) -> list[Entry]:
     """Move kept segments, given as (entry, first frame, frames) in time order, so that they lie without gaps right
     before the frame `anchor`: p_n = A − w_n, p_i = p_{i+1} − w_i (PackForcing §3.4; slot-relative positions of
-    Infinity-RoPE and LongLive are the same up to a constant, which attention does not see)."""
+    Infinity-RoPE and LongLive are the same up to a constant, which attention does not see). Where a host has tokens
+    that do not move with the frames, as Lumos-1's text, pack left and move the chunk in flight (`Plan.live_shift`)."""
     packed, start = [], anchor
     for entry, frame, frames in reversed(entries):
         start -= frames

@@ -240,9 +240,9 @@ class Session:
 
     @torch.no_grad()
     def rebuild(self) -> int:
-        """Rewrite the K/V of every held chunk from its latents under the prompt in force, oldest first, each seeing what
-        the policy shows it of those before (prompt recache, chunk by chunk). Chunks that have lost tokens stay as they
-        are. Returns the number of chunks rewritten. Needs `keep_latents=True`."""
+        """Rewrite the K/V of every held chunk from its latents under the prompt in force, oldest first, each seeing
+        what the policy shows it of those before (prompt recache, chunk by chunk). Chunks that have lost tokens stay as
+        they are. Returns the number of chunks rewritten. Needs `keep_latents=True`."""
         if self._latents is None:
             raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
         self._obey()

@@ -70,7 +70,8 @@ def save(session: Session, path: Any) -> None:
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
-        "keep_latents": session._latents is not None, "frame": session.frame, "index": session.index, "residency": session.history.residency,
+        "frame": session.frame, "index": session.index, "residency": session.history.residency,
+        "keep_latents": session._latents is not None,
         "decoder": decoder_meta, "history": meta, "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

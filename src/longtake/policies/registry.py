@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,21 @@ def _instance(cls: type[KVPolicy], options: dict[str, Any]) -> KVPolicy:
         if key not in accepted:
             listed = ", ".join(f"{k} ({_type_name(t)})" for k, t in accepted.items()) or "none"
             raise LongtakeError(f"policy {cls.name or cls.__name__} has no option {key!r}; it takes: {listed}")
-        values[key] = _cast(cls, key, value, accepted[key]) if isinstance(value, str) else value
+        values[key] = _cast(cls, key, value, accepted[key])
+    needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    if lacking := [name for name in needed if name not in values]:
+        raise LongtakeError(f"policy {cls.name or cls.__name__} needs {', '.join(f'{name}=…' for name in lacking)}")
     return cls(**values)
 
 
-def _cast(cls: type[KVPolicy], key: str, value: str, to: Any) -> Any:
+def _cast(cls: type[KVPolicy], key: str, value: Any, to: Any) -> Any:
+    """The value as one of the field's types: parsed if it is text, else taken as it is if it has that type."""
     options = typing.get_args(to) if isinstance(to, types.UnionType) else (to,)
+    if not isinstance(value, str):
+        plain = tuple(typing.get_origin(option) or option for option in options)
+        if type(value) in plain or (type(value) is int and float in plain):
+            return value
+        raise LongtakeError(f"policy {cls.name or cls.__name__}: {key}={value!r} is not {_type_name(to)}")
     if type(None) in options and value.lower() in ("none", "null"):
         return None
     for option in options:
@@ -87,9 +97,10 @@ def _type_name(to: Any) -> str:
 def _from_file(path: Path, name: str) -> type[KVPolicy]:
     if not path.is_file():
         raise LongtakeError(f"no file {path}: write my_file.py:MyPolicy with the path of a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"longtake_policy_file_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses with postponed annotations look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises

@@ -35,8 +35,8 @@ class SlidingWindow(KVPolicy):
         seen: list[tuple[Entry, int, int]] = []
         drops = []
         for block in table.blocks:
-            if block.role == "anchor" and block.span == 0:  # text before the first frame
-                seen.append((Entry(block.id), block.frame, 0))
+            if block.role == "anchor":  # a host's text, an image it was told never to lose
+                seen.append((Entry(block.id), block.frame, block.span))
                 continue
             parts = self._parts(block, recent)
             for first, last in parts:
