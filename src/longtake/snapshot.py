@@ -179,9 +179,9 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
             present = [f.name for f in fields(Rows) if getattr(rows, f.name) is not None]
             tensors.update({f"history/{stream}/held/{i}/{name}": getattr(rows, name) for name in present})
             held[stream].append([block, form, present])
-    scores = {stream: sorted(by_layer) for stream, by_layer in history._scores.items()}
+    scores = {stream: sorted(view.scores) for stream, view in history.views.items()}
     for stream, layers in scores.items():
-        tensors.update({f"history/scores/{stream}/{layer}": history._scores[stream][layer] for layer in layers})
+        tensors.update({f"history/scores/{stream}/{layer}": history.views[stream].scores[layer] for layer in layers})
     blocks = []
     for i, b in enumerate(history.table().blocks):
         forms = {
@@ -204,7 +204,7 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
     for stream, store in history.stores.items():
         if store.size < meta["rows"][stream]:
             store.grow(meta["rows"][stream])
-            history._view_rows = max(history._view_rows, store.size)
+            history.buffers.rows = max(history.buffers.rows, store.size)
         used = tensors[f"history/{stream}/used"]
         at = used.to(store.k.device)
         store.used[used] = True
@@ -217,10 +217,9 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             for name in set(present) - {"rows", "tokens"}:
                 values[name] = values[name].to(store.k.device)
             store.held[(block, form)] = Rows(**values)
-    history._scores = {
-        stream: {layer: tensors[f"history/scores/{stream}/{layer}"].to(history.device) for layer in layers}
-        for stream, layers in meta["scores"].items()
-    }
+    for stream, layers in meta["scores"].items():
+        stored = {layer: tensors[f"history/scores/{stream}/{layer}"].to(history.device) for layer in layers}
+        history.views[stream].scores = stored
     for i, b in enumerate(meta["blocks"]):
         held = {
             name: Form(tokens, _as_token_set(tensors, f"history/blocks/{i}/{name}", kept))

@@ -1,9 +1,4 @@
-"""The plan made real: per layer, one contiguous K/V that attention reads, planned history first, then the live tail.
-
-Parts fill the history: `Plain` blocks (all heads share their tokens), `Fused` ones (tokens and positions per head), and
-the two open kinds that wait for the queries of a first forward, `Chosen` and `Fusing`. A part's size never depends on
-what is picked, so shapes are known before the forward.
-"""
+"""The plan made real: per layer, one contiguous K/V that attention reads, planned history first, then the live tail."""
 
 from __future__ import annotations
 
@@ -14,10 +9,24 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
+from ..errors import LongtakeError
+from ..plan import FULL, Choose, Entry, HistoryShape, Plan, as_tensor
 from ..rope import RotaryTable
+from .parts import Chosen, Fused, Fusing, Part, Plain, Score
 from .store import Rows, Store, span
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Positions = tuple[Tensor, Tensor]  # base, step [n, axes]
+
+
+@dataclass
+class Live:
+    """A chunk in flight: where each of its forms stands, per stream, and what has been written of it."""
+
+    positions: dict[tuple[str, str], Positions]  # (stream, form)
+    phases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    written: set[tuple[str, str]] = field(default_factory=set)
+    reopened: bool = False  # it was part of the past before
+    scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # what had been scored when it was announced
 
 
 class LayerView:
@@ -59,175 +68,262 @@ class LayerView:
         return out
 
 
-class Part:
-    """`n` tokens of the view, the same number in every layer."""
-
-    n: int
-
-    def open(self, layer: int) -> bool:
-        """Whether this layer still waits for the queries of a first forward."""
-        return False
-
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        """Write the part into its place in a layer's view: k, v [B, n, H, D], rotated."""
-        raise NotImplementedError
-
-
-class Plain(Part):
-    """Tokens every head sees, gathered and rotated to where the plan puts them."""
-
-    def __init__(self, store: Store, rotary: RotaryTable, rows: Tensor, shift: Tensor) -> None:
-        self.store, self.rotary, self.n = store, rotary, len(rows)
-        at = rows.to(store.base.device)
-        position = store.base[at] + shift.to(store.base)[:, None] * store.step[at]
-        self.phases = rotary.phases(position)
-        self.rows = at
-
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        # one gather however the rows lie: the same operations at every turn of a window's ring of slots
-        torch.index_select(self.store.k[layer], 1, self.rows, out=k)
-        torch.index_select(self.store.v[layer], 1, self.rows, out=v)
-        self.rotary.rotate(k, self.phases, out=k)
-
-
-class Fused(Part):
-    """A fused block: every head has tokens, and so positions, of its own."""
-
-    def __init__(self, store: Store, rotary: RotaryTable, held: Rows, shift: float) -> None:
-        self.store, self.rotary, self.held, self.shift, self.n = store, rotary, held, shift, len(held.rows)
-        self.at = span(held.rows)
-
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        base, step = self.held.head_base, self.held.head_step
-        assert base is not None and step is not None
-        phases = self.rotary.phases(base[layer].double() + self.shift * step[layer])  # [B, n, H, P, 2]
-        self.rotary.rotate(self.store.k[layer][:, self.at], phases, out=k)
-        v.copy_(self.store.v[layer][:, self.at])
-
-
-class Chosen(Part):
-    """k of M equally long blocks, picked per layer and take by score, then frozen."""
+class Buffers:
+    """The memory of the views: one K/V per stream when resident, one shared layer when scratch, none when alias."""
 
     def __init__(
-        self, store: Store, rotary: RotaryTable, candidates: Sequence[Rows], frames: Sequence[int], k: int,
-        starts: Sequence[float] | None, score: Score,
+        self, shape: HistoryShape, streams: Sequence[str], residency: str, rows: int, dtype: torch.dtype,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        self.store, self.rotary, self.k, self.score = store, rotary, k, score
-        device = store.base.device
-        self.rows = torch.stack([c.rows for c in candidates]).to(device)  # [M, c]
-        self.sums = [c.key_sum for c in candidates]
-        self.frames = torch.tensor(frames, dtype=torch.float64, device=device)
-        self.starts = None if starts is None else torch.tensor(starts, dtype=torch.float64, device=device)
-        self.n = k * self.rows.shape[1]
-        self.picked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer → blocks [B, k], rows [B, n], phases
+        self.shape, self.residency, self.dtype, self.device = shape, residency, dtype, device
+        self.rows = rows
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        for stream in streams:
+            self.of(stream)
 
-    def open(self, layer: int) -> bool:
-        return layer not in self.picked
+    def of(self, stream: str) -> tuple[Tensor, Tensor]:
+        """K and V [L or 1, B, rows, H, D] for a stream's view, anew if `rows` has grown."""
+        key = stream if self.residency == "resident" else "shared"
+        layers = {"resident": self.shape.layers, "scratch": 1, "alias": 0}[self.residency]
+        held = self._held.get(key)
+        if held is None or held[0].shape[2] < self.rows:
+            s = self.shape
+            size = (layers, s.batch, self.rows, s.kv_heads, s.head_dim)
+            self._held[key] = tuple(torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(2))  # type: ignore[assignment]
+        return self._held[key]
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        if layer not in self.picked:
-            assert q is not None
-            self.picked[layer] = self._pick(layer, q)
-        _, rows, phases = self.picked[layer]
-        batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        self.rotary.rotate(self.store.k[layer][batch, rows], phases, out=k)
-        v.copy_(self.store.v[layer][batch, rows])
-
-    def _pick(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sums = torch.stack([s[layer] for s in self.sums if s is not None], 1)  # [B, M, H, D]
-        best = self.score(q, sums).topk(self.k, dim=1).indices.sort(1).values  # [B, k], time order
-        rows = self.rows[best].flatten(1)  # [B, n]
-        position = self.store.base[rows]  # [B, n, axes]
-        if self.starts is not None:
-            shift = (self.starts - self.frames[best]).repeat_interleave(self.rows.shape[1], 1)
-            position = position + shift[..., None] * self.store.step[rows]
-        return best, rows, self.rotary.phases(position).unsqueeze(2)  # [B, n, 1, P, 2]
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pair in self._held.values() for t in pair)
 
 
-class Fusing(Part):
-    """Blocks being replaced by their best n tokens per layer and head, while the first forward runs.
+class View:
+    """One stream's view of its store under the plan in force.
 
-    The survivors take over the first n rows: a layer's rows are read, and then rewritten, by that layer alone.
+    `live` is the history's own table of chunks in flight, oldest first: ids grow with time.
     """
 
     def __init__(
-        self, store: Store, rotary: RotaryTable, sources: Sequence[Rows], n: int, shift: float, sort: bool,
-        score: Score | None,
+        self, stream: str, store: Store, rotary: RotaryTable, buffers: Buffers, live: dict[int, Live],
+        score: Score | None, key_sums: bool,
     ) -> None:  # fmt: skip
-        self.store, self.rotary, self.shift, self.n, self.score = store, rotary, shift, n, score
-        self.sources, self.sort = sources, sort
-        self.rows = torch.cat([s.rows for s in sources])
-        self.at = self.rows.to(store.base.device)
-        layers, batch, _, heads, _ = store.k.shape
-        axes = store.base.shape[1]
-        shape = (layers, batch, n, heads, axes)
-        base = torch.zeros(shape, dtype=torch.float32, device=store.base.device)
-        self.fused = Rows(self.rows[:n], torch.arange(n), base, torch.zeros_like(base))
-        self.done: set[int] = set()
-        self.seen = Fused(store, rotary, self.fused, shift)
-
-    def open(self, layer: int) -> bool:
-        return layer not in self.done
-
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        if layer not in self.done:
-            assert q is not None
-            self.resolve(layer, q=q)
-        self.seen.fill(layer, k, v, None)
-
-    def resolve(self, layer: int, *, q: Tensor | None = None, keep: Tensor | None = None) -> None:
-        """Fuse one layer, keeping `keep` [B, H, n] or, if that is open, the best by the policy's score."""
-        keys, values = (t[layer].index_select(1, self.at) for t in (self.store.k, self.store.v))  # [B, M, H, D]
-        base, step = self._positions(layer)  # [B, M, H, axes]
-        if keep is None:
-            assert q is not None and self.score is not None
-            rotated = self.rotary.rotate(keys, self.rotary.phases(base + self.shift * step))
-            keep = self.score(q, rotated).topk(self.n, dim=-1).indices  # [B, H, n], best first
-        keep = keep.sort(-1).values if self.sort else keep
-        index = keep.transpose(1, 2).unsqueeze(-1)  # [B, n, H, 1]
-        gather = lambda x: x.gather(1, index.expand(-1, -1, -1, x.shape[-1]))
-        assert self.fused.head_base is not None and self.fused.head_step is not None
-        self.fused.head_base[layer] = gather(base)
-        self.fused.head_step[layer] = gather(step)
-        at = self.at[: self.n]
-        self.store.k[layer][:, at] = gather(keys)
-        self.store.v[layer][:, at] = gather(values)
-        self.done.add(layer)
-
-    def _positions(self, layer: int) -> tuple[Tensor, Tensor]:
-        batch, heads = self.store.k.shape[1], self.store.k.shape[3]
-        parts: list[tuple[Tensor, Tensor]] = []
-        for source in self.sources:
-            if source.head_base is not None and source.head_step is not None:
-                parts.append((source.head_base[layer].double(), source.head_step[layer].double()))
-            else:
-                rows = source.rows.to(self.store.base.device)
-                spread = lambda x: x[None, :, None].expand(batch, -1, heads, -1)
-                parts.append((spread(self.store.base[rows]), spread(self.store.step[rows])))
-        return torch.cat([b for b, _ in parts], 1), torch.cat([s for _, s in parts], 1)
-
-
-@dataclass
-class StreamView:
-    """One stream's view under the current plan: its parts, and the buffers they are written to."""
-
-    parts: list[Part]
-    places: dict[int, range]  # where a block's keys stand, of the blocks a plan names outright
-    k: Tensor  # [L or 1, B, rows, H, D]
-    v: Tensor
-    bias: Tensor | None
-    filled: bool = False
-    stale: set[int] = field(default_factory=set)  # live blocks whose tail a pass that does not write has overwritten
+        self.stream, self.store, self.rotary, self.buffers, self.live = stream, store, rotary, buffers, live
+        self.score, self.key_sums = score, key_sums
+        self.scores: dict[int, Tensor] = {}  # layer → what the policy's score returned at its moment
+        self.layer_count = buffers.shape.layers
+        self.close()
 
     @property
     def n(self) -> int:
         """Tokens of history in view."""
         return sum(part.n for part in self.parts)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None, only_open: bool | None = None) -> None:
+    def close(self) -> None:
+        """The table has changed: nothing is in view until the next plan."""
+        self.plan: Plan | None = None
+        self.parts: list[Part] = []
+        self.places: dict[int, range] = {}  # where a block's keys stand, of the blocks the plan names outright
+        self.bias: Tensor | None = None  # [history + live], if any entry has a log-weight
+        self._filled = False
+        self._stale: set[int] = set()  # live blocks whose tail a pass that does not write has overwritten
+
+    def lay_out(self, plan: Plan, frames: dict[int, int], fusings: dict[int, Fusing]) -> None:
+        """Take up a plan: `frames` is the first frame of every block, `fusings` are the plan's, by entry number."""
+        self.close()
+        self.plan = plan
+        pending: list[tuple[Tensor, Tensor]] = []  # rows and shifts of adjacent plain entries: one gather for all
+        weights: list[tuple[int, float]] = []
+
+        def flush() -> None:
+            if pending:
+                rows, shift = (torch.cat(column) for column in zip(*pending, strict=True))
+                self.parts.append(Plain(self.store, self.rotary, rows, shift))
+                pending.clear()
+
+        start = 0
+        for number, entry in enumerate(plan.entries):
+            part: Part | None = None
+            named: tuple[int, ...] = ()
+            weight = 0.0
+            if isinstance(entry, Entry):
+                held, weight, named = self.store.held[(entry.block, entry.form)], entry.log_weight, (entry.block,)
+                if held.head_base is not None:
+                    part = Fused(self.store, self.rotary, held, entry.shift)
+                else:
+                    rows = held.rows
+                    if entry.tokens is not None and len(entry.tokens) < len(rows):
+                        rows = rows[torch.isin(held.tokens, as_tensor(entry.tokens))]
+                    pending.append((rows, torch.full((len(rows),), float(entry.shift), dtype=torch.float64)))
+                    n = len(rows)
+            elif isinstance(entry, Choose):
+                candidates = [self.store.held[(b, entry.form)] for b in entry.candidates]
+                starts, score = [frames[b] for b in entry.candidates], self._score()
+                part = Chosen(self.store, self.rotary, candidates, starts, entry.k, entry.starts, score)
+            else:
+                part, named = fusings[number], entry.blocks
+            if part is not None:
+                flush()
+                self.parts.append(part)
+                n = part.n
+            weights.append((n, weight))
+            self.places.update(dict.fromkeys(named, range(start, start + n)))
+            start += n
+        flush()
+        live = sum(self._tokens(block) for block in self.live)
+        if any(weight for _, weight in weights):
+            values = [torch.full((n,), float(weight)) for n, weight in weights]
+            self.bias = torch.cat([*values, torch.zeros(live)]).to(self.buffers.device)
+        self.buffers.rows = max(self.buffers.rows, start + live)  # a plan may list a block twice
+
+    def layers(self, block: int, form: str, *, write: bool, history: bool, observe: bool) -> list[LayerView]:
+        """See `History.layers`."""
+        if self.plan is None:
+            raise RuntimeError("no plan is in force: call apply(plan) after admit and commit, before layers")
+        if self.buffers.residency == "alias":
+            return self._alias(block, form, history, observe)
+        live, held = self.live[block], self.store.held[(block, form)]
+        before = [b for b in self.live if b < block]
+        if history and any((self.stream, FULL) not in self.live[b].written for b in before):
+            raise RuntimeError(f"block {block} would see a live block before it that has not been computed yet")
+        resident = self.buffers.residency == "resident"
+        buffers = self.buffers.of(self.stream)
+        if resident:
+            self._mend(*buffers, before if history else [])
+        start = self.n + sum(self._tokens(b) for b in before)
+        first = 0 if history else start
+        window, tail = slice(first, start + len(held.rows)), slice(start - first, start - first + len(held.rows))
+        bias = None if self.bias is None else self.bias[window]
+        observed = self._observed([*before, block], first) if observe else None
+        result = []
+        for layer in range(self.layer_count):
+            k, v = (t[layer if resident else 0] for t in buffers)
+            prepare = None
+            if history and not resident:
+                prepare = self._filler(layer, k, v, before, None)
+            elif history and any(part.open(layer) for part in self.parts):
+                prepare = self._filler(layer, k, v, [], True)
+            result.append(
+                LayerView(
+                    self.rotary, live.phases[(self.stream, form)], k[:, window], v[:, window], tail, bias, prepare,
+                    self._writer(layer, held) if write else None, self._observer(layer, observed) if observe else None,
+                )
+            )  # fmt: skip
+        if write:
+            live.written.add((self.stream, form))
+        if write and form == FULL:
+            self._stale.discard(block)
+        else:
+            self._stale.add(block)
+        return result
+
+    def _tokens(self, block: int) -> int:
+        return len(self.store.held[(block, FULL)].rows)
+
+    def _score(self) -> Score:
+        if self.score is None:
+            raise RuntimeError("the plan has an open choice, but the policy gave no score")
+        return self.score
+
+    def _mend(self, k: Tensor, v: Tensor, before: list[int]) -> None:
+        """Bring a resident view up to date: all of it after a new plan, else the live blocks that a pass left stale."""
+        if not self._filled:
+            for layer in range(self.layer_count):
+                self._fill(layer, k[layer], v[layer], None, False)
+                self._fill_live(layer, k[layer], v[layer], list(self.live))
+            self._filled = True
+        elif not self._stale.isdisjoint(before):
+            for layer in range(self.layer_count):
+                self._fill_live(layer, k[layer], v[layer], before)
+            self._stale.difference_update(before)
+
+    def _fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None, only_open: bool | None) -> None:
         """Write the parts of one layer; `only_open` restricts it to the open ones, or to the others."""
         start = 0
         for part in self.parts:
             if only_open is None or part.open(layer) == only_open:
                 part.fill(layer, k[:, start : start + part.n], v[:, start : start + part.n], q)
             start += part.n
+
+    def _fill_live(self, layer: int, k: Tensor, v: Tensor, blocks: list[int]) -> None:
+        """Put written live blocks into the tail."""
+        start = self.n
+        for block in blocks:
+            to = slice(start, start + self._tokens(block))
+            if (self.stream, FULL) in self.live[block].written:
+                at = span(self.store.held[(block, FULL)].rows)
+                phases = self.live[block].phases[(self.stream, FULL)]
+                self.rotary.rotate(self.store.k[layer][:, at], phases, out=k[:, to])
+                v[:, to].copy_(self.store.v[layer][:, at])
+            start = to.stop
+
+    def _filler(
+        self, layer: int, k: Tensor, v: Tensor, live: list[int], only_open: bool | None
+    ) -> Callable[[Tensor], None]:
+        def prepare(q: Tensor) -> None:
+            self._fill(layer, k, v, q, only_open)
+            if live:
+                self._fill_live(layer, k, v, live)
+
+        return prepare
+
+    def _writer(self, layer: int, held: Rows) -> Callable[[Tensor, Tensor, Tensor], None]:
+        store, at = self.store, span(held.rows)
+
+        def write(k: Tensor, v: Tensor, rotated: Tensor) -> None:
+            store.k[layer][:, at] = k.to(store.k.dtype)
+            store.v[layer][:, at] = v.to(store.v.dtype)
+            if self.key_sums:
+                if held.key_sum is None:
+                    s = self.buffers.shape
+                    held.key_sum = rotated.new_zeros(s.layers, s.batch, s.kv_heads, s.head_dim, dtype=torch.float32)
+                held.key_sum[layer] = rotated.float().sum(1)
+
+        return write
+
+    def _observed(self, live: list[int], first: int) -> Tensor | None:
+        """Where the keys of `Plan.observe`, as far as the pass sees them, stand in a window of the view that begins at
+        `first`; None: all of them."""
+        if self.plan is None or self.plan.observe is None:
+            return None
+        places, start = dict(self.places), self.n
+        for block in live:
+            places[block] = range(start, start + self._tokens(block))
+            start = places[block].stop
+        wanted = {at for b, at in places.items() if b in self.plan.observe and at.start >= first}
+        index = [torch.arange(at.start - first, at.stop - first) for at in sorted(wanted, key=lambda at: at.start)]
+        return torch.cat(index or [torch.arange(0)]).to(self.buffers.device)
+
+    def _observer(self, layer: int, at: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+        score = self._score()
+
+        def observe(q: Tensor, k: Tensor) -> None:
+            self.scores[layer] = score(q, k if at is None else k.index_select(1, at))
+
+        return observe
+
+    def _alias(self, block: int, form: str, history: bool, observe: bool) -> list[LayerView]:
+        """The store is the view: legal while everything held is seen, unmoved, and lies in one piece."""
+        assert self.plan is not None
+        store, live, held = self.store, self.live[block], self.store.held[(block, form)]
+        used = int(store.used.sum())
+        whole = all(isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 for e in self.plan.entries)
+        if not whole or len(self.live) > 1 or self.n + len(held.rows) != used or not bool(store.used[:used].all()):
+            raise LongtakeError(
+                "residency 'alias' needs a policy that moves and hides nothing; use residency='resident' or 'scratch'"
+            )
+        at = span(held.rows)
+        if not isinstance(at, slice):
+            raise LongtakeError("residency 'alias' needs equal chunks; use residency='resident' or 'scratch'")
+        live.written.add((self.stream, form))
+        window = slice(0, used) if history else at
+        tail = slice(at.start - window.start, at.stop - window.start)
+        observed = None
+        if observe and self.plan.observe is not None:
+            observed = torch.cat([store.held[(b, FULL)].rows for b in self.plan.observe]).to(self.buffers.device)
+        return [
+            LayerView(
+                self.rotary, live.phases[(self.stream, form)], store.k[layer][:, window], store.v[layer][:, window],
+                tail, None, None, None, self._observer(layer, observed) if observe else None,
+            )
+            for layer in range(self.layer_count)
+        ]  # fmt: skip
