@@ -571,6 +571,21 @@ def test_a_snapshot_takes_embeddings_that_share_memory(tmp_path):
     assert torch.equal(next(Session.restore(tmp_path / "s", tiny_wan())).latents, next(take).latents)
 
 
+def test_a_policy_of_ones_own_is_asked_for_instead_of_taken_for_its_base(tmp_path):
+    class Mine(SlidingWindow):
+        """Like its base, and yet another policy."""
+
+    assert policies.available()["window"] is SlidingWindow
+    take = take_of(policy=Mine(9, sink=3))
+    latents_of(take, 4)
+    take.snapshot(tmp_path / "s")
+    with pytest.raises(LongtakeError, match="policy=") as error:
+        Session.restore(tmp_path / "s", tiny_wan())
+    one_line(error)
+    other = Session.restore(tmp_path / "s", tiny_wan(), Mine(9, sink=3))
+    assert torch.equal(next(other).latents, next(take).latents)
+
+
 def test_a_snapshot_keeps_the_end_of_the_take(tmp_path):
     take = take_of(chunks=4)
     latents_of(take, 2)

@@ -16,20 +16,21 @@ from .base import KVPolicy
 
 
 def available() -> dict[str, type[KVPolicy]]:
-    """Every policy class with a name, by name."""
-    return {cls.name: cls for cls in _subclasses(KVPolicy) if cls.name}
+    """Every policy class with a name of its own, by name; an inherited one would take its base's place."""
+    return {cls.name: cls for cls in _subclasses(KVPolicy) if _own_name(cls)}
 
 
 def describe(policy: KVPolicy) -> tuple[str, dict[str, Any]]:
     """Name and fields: what `build` takes, fit for JSON."""
-    return policy.name, asdict(policy)
+    return _own_name(type(policy)), asdict(policy)
 
 
 def build(name: str, options: dict[str, Any]) -> KVPolicy:
     """The policy `name` with `options`. Raises LongtakeError for an unknown name, key or value."""
     known = available()
     if name not in known:
-        raise LongtakeError(f"no policy {name!r}; known: {', '.join(sorted(known))}")
+        hint = "" if name else "; of a class without a name of its own, pass the policy itself as policy="
+        raise LongtakeError(f"no policy {name!r}; known: {', '.join(sorted(known))}{hint}")
     return _instance(known[name], options)
 
 
@@ -111,6 +112,10 @@ def _from_file(path: Path, name: str) -> type[KVPolicy]:
     if name not in found:
         raise LongtakeError(f"{path} has no KVPolicy {name!r}; it has: {', '.join(found) or 'none'}")
     return found[name]
+
+
+def _own_name(cls: type[KVPolicy]) -> str:
+    return vars(cls).get("name", "")
 
 
 def _subclasses(cls: type[KVPolicy]) -> Iterator[type[KVPolicy]]:
