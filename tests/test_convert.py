@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longtake.errors import LongtakeError
-from longtake.hosts import convert as module
-from longtake.hosts.convert import FAMILIES, convert
+from longtake.hosts.convert import FAMILIES, convert, writing
+from longtake.hosts.convert.families import family_of
 from tests.tiny_checkpoints import (
     fsdp,
     longlive_lora,
@@ -180,7 +180,7 @@ def test_bfloat16_is_the_default_and_loads_with_the_modules_diffusers_keeps_in_f
 
 
 def test_a_transformer_larger_than_a_shard_is_split_and_still_loads(base, model, upstream, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 20_000)
     source = saved({"generator": prefixed(upstream)}, tmp_path / "longlive_base.pt")
     report = convert(source, tmp_path / "out", base, dtype="float32")
     shards = list((tmp_path / "out" / "transformer").glob("*.safetensors"))
@@ -301,10 +301,10 @@ def test_each_family_has_its_own_schedule(family, chunk, steps, window, sink, ba
 )
 def test_the_family_is_read_from_a_published_name_only_when_it_names_one(path, family):
     if family:
-        assert module._family(Path("/data") / path, None) == (family, FAMILIES[family])
+        assert family_of(Path("/data") / path, None) == (family, FAMILIES[family])
     else:
         with pytest.raises(LongtakeError, match=r"--family with one of self-forcing, causal-forcing, "):
-            module._family(Path("/data") / path, None)
+            family_of(Path("/data") / path, None)
 
 
 def test_ema_can_be_chosen_against_the_family(base, model, upstream, tmp_path):

@@ -84,15 +84,7 @@ def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostCo
         )
     if family not in FAMILIES:
         raise LongtakeError(f"causal={family!r}: use True or one of {', '.join(FAMILIES)}")
-    return _of_family(family)
-
-
-def _of_family(family: str) -> HostConfig:
-    f = FAMILIES[family]
-    return HostConfig(
-        causal=True, chunk_frames=f.chunk_frames, timesteps=tuple(f.timesteps), training_frames=f.training_frames,
-        window=f.window, sink=f.sink,
-    )  # fmt: skip
+    return FAMILIES[family].config()
 
 
 def _from_folder(
