@@ -129,7 +129,7 @@ def test_the_embedded_model_needs_a_prompt_and_a_name_only(folder):
 
 @pytest.fixture
 def written(monkeypatch) -> list[torch.Tensor]:
-    """Frames as they are handed to the encoder: two encodings of the same frames may differ in their last bits."""
+    """Frames as they are handed to the encoder, which rounds them."""
     frames: list[torch.Tensor] = []
     write = Mp4Writer.write
 

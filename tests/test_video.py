@@ -84,6 +84,37 @@ def test_colours_are_bt709_and_say_so(tmp_path):
             assert np.abs(np.array([y, u, v], float) - expected).max() <= 2
 
 
+WRITE_AMONG_GARBAGE = """
+import hashlib, sys, numpy as np
+from longtake.video import Mp4Writer
+for height, width in [(64, 64), (64, 72), (47, 63)]:
+    blocks = np.random.default_rng(1).integers(0, 256, (21, height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    frames = blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()
+    made = set()
+    for run in range(2):
+        with Mp4Writer(sys.argv[1], fps=8, height=height, width=width) as video:
+            for start in range(0, 21, 5):
+                chunk = frames[start : start + 5].copy()
+                video.write(chunk)
+                chunk.fill(run)  # the caller's memory is the caller's again
+                del chunk
+                [np.full(size * 997, run, np.uint8) for size in range(1, 60, 7)]
+        made.add(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
+    print(height, width, *made)
+"""
+
+
+def test_equal_frames_make_equal_files_whatever_memory_held_before(tmp_path):
+    """Fresh memory holds another byte in each child (glibc; elsewhere what it happens to hold)."""
+    outputs = []
+    for filler in (1, 85, 255):
+        environment = {**os.environ, "MALLOC_PERTURB_": str(filler)}
+        command = [sys.executable, "-c", WRITE_AMONG_GARBAGE, str(tmp_path / "take.mp4")]
+        outputs.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert [len(line.split()) for line in outputs[0].splitlines()] == [3] * 3  # one file a size in both runs
+
+
 @pytest.mark.parametrize("fps", [8, 12.5, 23.976, Fraction(30000, 1001)])
 def test_frame_rate_is_kept(tmp_path, fps):
     path = tmp_path / "take.mp4"
@@ -282,8 +313,8 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk):
 
 
 def test_disk_that_fills_up_only_at_close_leaves_nothing(small_disk):
-    video = Mp4Writer(small_disk / "take.mp4", fps=16, height=128, width=192)
-    video.write(noise(4, 128, 192))  # all of it waits in the encoder until close
+    video = Mp4Writer(small_disk / "take.mp4", fps=16, height=160, width=256)
+    video.write(noise(4, 160, 256))  # all of it waits in the encoder until close
     with pytest.raises(LongtakeError, match="No space left on device"):
         video.close()
     assert os.listdir(small_disk) == []
