@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # names → module: `import longtake` stays cheap, torch and diffusers load with the first name that needs them
 _HOME = {
-    "Chunk": "session", "ChunkStats": "session", "Session": "session", "generate": "session",
+    "Chunk": "chunk", "ChunkStats": "chunk", "Session": "session", "generate": "session",
     "load": "hosts.loading",
     "FullHistory": "policies", "KVPolicy": "policies", "SlidingWindow": "policies",
     "NoReuse": "reuse", "ReusePolicy": "reuse",
@@ -18,12 +18,13 @@ __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .chunk import Chunk, ChunkStats
     from .errors import LongtakeError, NonFiniteError
     from .geometry import Geometry
     from .hosts.loading import load
     from .policies import FullHistory, KVPolicy, SlidingWindow
     from .reuse import NoReuse, ReusePolicy
-    from .session import Chunk, ChunkStats, Session, generate
+    from .session import Session, generate
 
 
 def __getattr__(name: str) -> Any:

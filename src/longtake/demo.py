@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from . import demo_page
+from .chunk import Chunk
 from .errors import LongtakeError
 from .evaluate.provenance import cpu_times, provenance
 from .geometry import Geometry
 from .hosts.base import Host
 from .policies import FullHistory, KVPolicy, SlidingWindow, available, describe
-from .session import Chunk, Session, default_policy, history_shape
+from .session import Session, default_policy, history_shape
 from .video import Mp4Writer, contact_sheet, save_png
 
 SECONDS = 12.0  # of video per take, unless the machine is too slow for it

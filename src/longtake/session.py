@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunk import Chunk, ChunkStats, Clock, SessionStats
 from .errors import LongtakeError, NonFiniteError
 from .geometry import Geometry
 from .history import History
@@ -21,58 +22,6 @@ from .plan import HistoryShape
 from .policies import KVPolicy, SlidingWindow
 from .reuse import NoReuse, ReusePolicy, ReuseState
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule, denoise
-
-
-@dataclass
-class ChunkStats:
-    """What one chunk cost. Seconds are wall clock; on a GPU they are exact because frames are copied to the host."""
-
-    index: int
-    frame: int  # first latent frame
-    latent_frames: int
-    pixel_frames: int
-    seconds: float  # everything from request to frames
-    forward_seconds: float  # denoising and commit forwards (on a GPU: until enqueued)
-    decode_seconds: float
-    attended_tokens: int  # history in view plus the chunk itself
-    history_bytes: int  # K/V rows in use
-    forwards: int  # computed, the commit pass included
-    reused: int
-
-    @property
-    def overhead_seconds(self) -> float:
-        """Plan, view, bookkeeping: what is neither the model's forwards nor decoding."""
-        return self.seconds - self.forward_seconds - self.decode_seconds
-
-
-@dataclass
-class Chunk:
-    """A finished chunk. With a list of prompts, `frames` and `latents` carry the takes on their first axis."""
-
-    index: int
-    frames: Tensor | None  # uint8 [T, H, W, 3], or [B, T, H, W, 3]; None when the session does not decode
-    latents: Tensor  # fp32 [C, f, h, w], or [B, C, f, h, w]
-    stats: ChunkStats
-
-
-@dataclass
-class SessionStats:
-    """Totals so far."""
-
-    chunks: int = 0
-    pixel_frames: int = 0
-    seconds: float = 0.0
-    forwards: int = 0
-    reused: int = 0
-    last: ChunkStats | None = None
-
-    def add(self, chunk: ChunkStats) -> None:
-        self.chunks += 1
-        self.pixel_frames += chunk.pixel_frames
-        self.seconds += chunk.seconds
-        self.forwards += chunk.forwards
-        self.reused += chunk.reused
-        self.last = chunk
 
 
 @dataclass
@@ -182,7 +131,7 @@ class Session:
             raise StopIteration
         started = time.perf_counter()
         self._obey()
-        clock = _Clock()
+        clock = Clock()
         rng = self._noise_state()
         block = self._admit(self.geometry.chunk_frames)
         try:
@@ -252,7 +201,7 @@ class Session:
             try:
                 plan = self.policy.plan(table, self.history.signals(self.index))
                 self.history.apply(replace(plan, drops=()))
-                self._forward_all(self._latents[block], CLEAN_TIMESTEP, block, _Clock(), write=True)
+                self._forward_all(self._latents[block], CLEAN_TIMESTEP, block, Clock(), write=True)
                 self.history.commit(block)
             except BaseException:
                 self.history.abandon(block)
@@ -337,7 +286,7 @@ class Session:
             held = {b.id for b in self.history.table().blocks}
             self._latents = {b: kept for b, kept in self._latents.items() if b in held} | {block: latents}
 
-    def _denoise(self, block: int, clock: _Clock) -> Tensor:
+    def _denoise(self, block: int, clock: Clock) -> Tensor:
         height, width = self.geometry.latent_size
         draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(
             self.host.device
@@ -361,7 +310,7 @@ class Session:
         return denoise(velocity, draw(0), self.schedule, draw, predicted)
 
     def _forward_all(
-        self, x: Tensor, t: float, block: int, clock: _Clock, *, step: int | None = None, write: bool = False
+        self, x: Tensor, t: float, block: int, clock: Clock, *, step: int | None = None, write: bool = False
     ) -> Tensor:
         """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream."""
         steps = len(self.schedule.timesteps)
@@ -410,7 +359,7 @@ class Session:
         image = image.reshape(-1, *size)
         latents = self.host.encode_image(image).float().expand(self.batch, -1, -1, -1, -1)
         block = self._admit(1)
-        written = self._forward_all(latents, CLEAN_TIMESTEP, block, _Clock(), write=True)
+        written = self._forward_all(latents, CLEAN_TIMESTEP, block, Clock(), write=True)
         if not (torch.isfinite(latents).all() & torch.isfinite(written).all()).item():
             raise NonFiniteError("the first image leads to NaN or infinite values: is it finite, and in [-1, 1]?")
         self._commit(block, latents)
@@ -445,20 +394,6 @@ class Session:
     def _restore_noise(self, state: list[Tensor]) -> None:
         if isinstance(self.noise, NoiseSource):
             self.noise.restore(state)
-
-
-class _Clock:
-    """Seconds spent in forwards, and how many there were."""
-
-    def __init__(self) -> None:
-        self.seconds, self.forwards, self.reused = 0.0, 0, 0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.seconds += time.perf_counter() - self._started
-        self.forwards += 1
 
 
 def default_policy(host: Host) -> KVPolicy:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..chunk import ChunkStats
 from ..errors import LongtakeError
 from ..history import LayerView
 from ..hosts.base import HostConfig
@@ -29,7 +30,7 @@ from ..hosts.loading import load
 from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, SlidingWindow
 from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
-from ..session import ChunkStats, Session
+from ..session import Session
 from .bench_report import Curve, TakeReport, Target
 from .measure import CountOperations, Figure, OpCounts, live_tensor_bytes, ratios, rss_bytes
 from .provenance import BUSY_LIMIT, cpu_times, others_busy, provenance, refuse_if_busy
