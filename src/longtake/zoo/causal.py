@@ -1,7 +1,7 @@
 """Chunk-causal use of a stock `WanTransformer3DModel`: all chunks at once to train, one after the other to sample.
 
 Training puts the chunks of a video on the batch axis of the stock forward, so that each chunk has its own time step; a
-self-attention processor puts them back on the token axis, with positions and a mask. Sampling keeps keys and values.
+self-attention processor puts them back on the token axis, each with its own past. Sampling keeps keys and values.
 
 Letters: B videos, F latent frames, n chunks of c frames, S sequence chunks (clean and noisy), N tokens, H heads, D head
 dim.
@@ -37,11 +37,9 @@ def velocity(
     texts = torch.cat([text[:, :-1], text], 1)
     grid = _chunks(frames[:, None, :, None, None], n)[:, :, 0, :, 0, 0]  # [B, n, c]
     places = torch.cat([grid[:, :-1], grid], 1)
-    tokens = (clean.shape[3] // 2) * (clean.shape[4] // 2)
-    mask = _mask(n, clean.shape[2] // n * tokens, clean.device)
-    attention = _Grouped(parts.shape[1], rotation(transformer, places, clean.shape[3] // 2, clean.shape[4] // 2), mask)
+    attention = _TeacherForced(n, rotation(transformer, places, clean.shape[3] // 2, clean.shape[4] // 2))
     for block in transformer.blocks:
-        block.attn1.processor = attention
+        block.attn1.processor, block.attn2.processor = attention, _attend_text
     out = transformer(parts.flatten(0, 1), times.flatten(), texts.flatten(0, 1), return_dict=False)[0]
     out = out.unflatten(0, (-1, 2 * n - 1))[:, n - 1 :]  # [B, n, Z, c, h, w]
     return out.transpose(1, 2).flatten(2, 3)
@@ -110,21 +108,25 @@ def rotation(transformer: WanTransformer3DModel, frames: torch.Tensor, height: i
 def release(transformer: WanTransformer3DModel) -> None:
     """Give the stock attention processors back."""
     for block in transformer.blocks:
-        block.attn1.processor = WanAttnProcessor()
+        block.attn1.processor, block.attn2.processor = WanAttnProcessor(), WanAttnProcessor()
 
 
-class _Grouped:
-    """Self-attention over S chunks that arrive as batch entries, under a mask [N, N] that is added to the scores."""
+class _TeacherForced:
+    """Self-attention over n - 1 clean and n noisy chunks that arrive as batch entries: clean chunk i looks at clean
+    chunks up to i, noisy chunk i at clean chunks before i and at itself."""
 
-    def __init__(self, groups: int, rotary: Rotation, mask: torch.Tensor) -> None:
-        self.groups, self.rotary, self.mask = groups, rotary, mask
+    def __init__(self, n: int, rotary: Rotation) -> None:
+        self.n, self.rotary = n, rotary
 
     def __call__(self, attn: WanAttention, hidden: torch.Tensor, *_: object) -> torch.Tensor:
-        q, k, v = _project(attn, hidden, self.groups, self.rotary)
-        # Spelled out: the backward pass of the fused CPU kernel takes several times as long.
-        scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-        out = scores.float().add(self.mask).softmax(-1).to(v.dtype) @ v
-        return attn.to_out[0](out.transpose(1, 2).flatten(2).reshape(hidden.shape))
+        groups, size = 2 * self.n - 1, hidden.shape[1]
+        q, k, v = _project(attn, hidden, groups, self.rotary)
+        parts = []
+        for g in range(groups):
+            own, past = slice(g * size, (g + 1) * size), slice(0, (g if g < self.n - 1 else g - self.n + 1) * size)
+            keys, values = (torch.cat([x[:, :, past], x[:, :, own]], 2) for x in (k, v))
+            parts.append(_attend(q[:, :, own], keys, values))
+        return attn.to_out[0](torch.cat(parts, 2).transpose(1, 2).flatten(2).reshape(hidden.shape))
 
 
 class _Cached:
@@ -143,6 +145,17 @@ class _Cached:
         keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
         out = functional.scaled_dot_product_attention(q, keys, values)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    # Spelled out: for short sequences the backward pass of the fused CPU kernel takes several times as long.
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
+
+
+def _attend_text(attn: WanAttention, hidden: torch.Tensor, text: torch.Tensor, *_: object) -> torch.Tensor:
+    q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
+    q, k, v = (x.to(v.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return attn.to_out[0](_attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def _project(
@@ -165,12 +178,3 @@ def _rotate(x: torch.Tensor, rotary: Rotation) -> torch.Tensor:
 
 def _chunks(x: torch.Tensor, n: int) -> torch.Tensor:
     return x.unflatten(2, (n, -1)).transpose(1, 2)  # [B, Z, F, h, w] -> [B, n, Z, c, h, w]
-
-
-def _mask(n: int, tokens: int, device: torch.device) -> torch.Tensor:
-    index = torch.cat([torch.arange(n - 1), torch.arange(n)])
-    clean = torch.cat([torch.ones(n - 1, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)])
-    past = clean[None] & (index[None] < index[:, None] + clean[:, None].long())
-    own = ~clean[None] & ~clean[:, None] & (index[None] == index[:, None])
-    seen = (past | own).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).to(device)

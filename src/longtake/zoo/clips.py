@@ -30,10 +30,9 @@ def pixel_frame(chunk: int) -> int:
     return max(0, 4 * CHUNK * chunk - 3)
 
 
-def film(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """A video uint8 [T, H, W, 3] of CHUNKS chunks, and the caption in force at each chunk."""
-    first = world.scene(int(rng.integers(1 << 30)))
-    start, end = int(rng.integers(1 << 12)), pixel_frame(CHUNKS)
+def film(rng: np.random.Generator, start: int) -> tuple[np.ndarray, list[str]]:
+    """A video uint8 [T, H, W, 3] of CHUNKS chunks from frame `start` on, and the caption in force at each chunk."""
+    first, end = world.scene(int(rng.integers(1 << 30))), pixel_frame(CHUNKS)
     if rng.random() >= SWITCH:
         return first.render(end, start), [first.caption] * CHUNKS
     second, at = _changed(first, rng), int(rng.integers(1, CHUNKS))
@@ -49,17 +48,20 @@ class Library:
         self.vae, self.seed = vae, seed
         self.latents: list[torch.Tensor] = []
         self.captions: list[list[str]] = []
+        self.starts: list[int] = []
 
     def grow(self, films: int) -> None:
         """Add `films` new films."""
         if not films:
             return
         rng = np.random.default_rng([self.seed, len(self.latents)])
-        made = [film(rng) for _ in range(films)]
+        starts = [0 if rng.random() < 0.6 else int(rng.integers(1 << 12)) for _ in range(films)]
+        made = [film(rng, start) for start in starts]
         with torch.autocast(self.vae.device.type, torch.bfloat16):
             latents = tiny_vae.encode(self.vae, np.stack([video for video, _ in made]))
         self.latents += latents.float().unbind()
         self.captions += [captions for _, captions in made]
+        self.starts += starts
 
     def draw(self, rng: np.random.Generator, batch: int, chunks: int) -> Batch:
         """`batch` random windows of `chunks` chunks: from the start, from the middle, or a far sink and a middle."""
@@ -72,12 +74,12 @@ class Library:
         self, rng: np.random.Generator, chunks: int
     ) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
         i = int(rng.integers(len(self.latents)))
-        kind = rng.choice(["start", "middle", "sink"], p=[0.5, 0.2, 0.3])
-        first = 0 if kind == "start" else int(rng.integers(1, CHUNKS - chunks + 1)) if chunks < CHUNKS else 0
+        kind = rng.choice(["start", "middle", "sink"], p=[0.7, 0.1, 0.2])
+        first = 0 if kind == "start" and self.starts[i] == 0 else int(rng.integers(1, CHUNKS - chunks + 1))
         picked = list(range(first, first + chunks))
         shift = np.zeros(chunks, dtype=np.int64)
         learn = np.ones(chunks, dtype=bool)
-        if kind == "sink" and first > 0:
+        if kind == "sink" and first > 0 and self.starts[i] == 0:
             # The first chunk of the take stays visible while everything else moves on, for hundreds of frames.
             picked[0], learn[:2] = 0, False
             shift[1:] = CHUNK * int(rng.integers(0, 200)) if rng.random() < 0.8 else 0

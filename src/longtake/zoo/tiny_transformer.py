@@ -24,7 +24,7 @@ def warp(timesteps: tuple[int, ...] = TIMESTEPS, shift: float = SHIFT) -> list[f
 
 
 def build(z_dim: int) -> WanTransformer3DModel:
-    """Untrained: six layers of width 128, four heads, patches of 1 x 2 x 2."""
+    """Untrained: four layers of width 128, four heads, patches of 1 x 2 x 2."""
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
@@ -34,7 +34,7 @@ def build(z_dim: int) -> WanTransformer3DModel:
         text_dim=64,
         freq_dim=64,
         ffn_dim=512,
-        num_layers=6,
+        num_layers=4,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=1024,

@@ -78,6 +78,7 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> AutoencoderKL
 
 def refine(folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, seed: int) -> None:
     """Train the decoder alone, on the latents that the transformer will learn, dirtied a little as it will do."""
+    vae.requires_grad_(True)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     stage = Stage("decoder", folder, {"vae": vae}, minutes, 3e-3)
@@ -139,9 +140,11 @@ def _measure_latents(vae: AutoencoderKLWan, seed: int, device: str) -> None:
     clips = to_pixels(np.stack([_clip(rng, 33) for _ in range(64)])).to(device)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in clips.split(8)])
+    # The spread within a clip, not between clips: most of the latter is the background's, and dividing by it would
+    # leave the shapes so faint that the sampler's noise hides them until its last step.
+    mean, within = latents.mean((0, 2, 3, 4)), latents.var((2, 3, 4)).mean(0).sqrt()
     vae.register_to_config(
-        latents_mean=[round(float(m), 5) for m in latents.mean((0, 2, 3, 4))],
-        latents_std=[round(float(s), 5) for s in latents.std((0, 2, 3, 4))],
+        latents_mean=[round(float(m), 5) for m in mean], latents_std=[round(float(s), 5) for s in within]
     )
 
 
