@@ -131,7 +131,7 @@ def test_charts_are_well_formed_with_a_point_for_each_policy_and_chunk(made):
         assert len(chart.findall("polyline")) == len(result["policies"])
         assert len(chart.findall("circle")) == len(result["policies"]) * result["chunks"]
         for circle in chart.findall("circle"):
-            assert 64 <= float(circle.get("cx")) <= 560 and 12 <= float(circle.get("cy")) <= 250 - 38
+            assert 60 <= float(circle.get("cx")) <= 380 and 12 <= float(circle.get("cy")) <= 230 - 30
         trained = [line for line in chart.findall("line") if line.get("class") == "mark"]
         assert len(trained) == 1  # these takes are longer than the training clips
 

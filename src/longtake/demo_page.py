@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-_WIDTH, _HEIGHT = 560, 250  # of a chart, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 26, 12, 38  # its margins
+_WIDTH, _HEIGHT = 380, 230  # of a chart, in SVG units: about its pixels, so that its text is as large as it says
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 18, 12, 30  # its margins
 
 
 def page(result: dict[str, Any]) -> str:
@@ -74,7 +75,7 @@ def _note(result: dict[str, Any]) -> str:
     times = result["seconds"] / model["training_seconds"]
     lines = [
         f"<b>What this shows.</b> {escape(model['name'])}, {model['width']}×{model['height']} at {model['fps']:g} "
-        f"fps. {escape(model['about'])}",
+        f"fps. {_prose(model['about'])}",
         f"Its training clips last {model['training_seconds']:.1f} s; these takes are {times:.1f} times as long, and "
         "what comes after is extrapolation. A small model shows how policies differ in time, bytes and drift; how good "
         "a large one looks under them it does not show.",
@@ -94,15 +95,21 @@ def _note(result: dict[str, Any]) -> str:
     return '<div class="note">' + "".join(f"<p>{line}</p>" for line in lines) + "</div>"
 
 
+def _prose(text: str) -> str:
+    """Text with its `code` set as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def _prompt_row(result: dict[str, Any], prompt: str) -> str:
+    size = f'width="{result["model"]["width"]}" height="{result["model"]["height"]}"'  # the place it will take
     cards = "".join(
-        f'<figure><video src="{escape(t["video"])}" poster="{escape(t["poster"])}" muted loop autoplay playsinline '
+        f'<figure><video src="{escape(t["video"])}" poster="{escape(t["poster"])}" {size} muted loop playsinline '
         f'controls preload="auto" aria-label="{escape(prompt)}, {escape(t["policy"])}"></video>'
         f"<figcaption>{escape(t['policy'])}<span>{t['realtime_factor']:.2f}× realtime</span></figcaption></figure>"
         for t in result["takes"]
         if t["prompt"] == prompt
     )
-    return f'<h3>{escape(prompt)}</h3><div class="cards">{cards}</div>'
+    return f'<h3>{escape(prompt)}</h3><div class="cards" style="--n:{len(result["policies"])}">{cards}</div>'
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -179,8 +186,8 @@ def nice_ticks(top: float) -> list[float]:
 
 
 def _style(i: int) -> str:
-    """Colour and dashes of the i-th line; colours return after eight, with other dashes."""
-    return f"c{i % 8} d{i // 8 % 3}"
+    """Colour and dashes of the i-th line. Neighbours differ in both: a line shows through the gaps of one upon it."""
+    return f"c{i % 8} d{i % 3}"
 
 
 def _footer(result: dict[str, Any]) -> str:
@@ -226,8 +233,8 @@ section{margin-top:36px}header p{max-width:70ch;margin:0}
 .bar{display:flex;flex-wrap:wrap;gap:10px;align-items:center}
 button{font:inherit;font-size:.9rem;padding:6px 14px;border:1px solid var(--line);border-radius:6px;
 background:var(--card);color:var(--ink);cursor:pointer}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}
-figure{margin:0;min-width:0}.cards video{width:100%;display:block;border-radius:6px;background:#000;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;max-width:calc(var(--n)*272px)}
+figure{margin:0;min-width:0}.cards video{width:100%;height:auto;display:block;border-radius:6px;background:#000;
 image-rendering:pixelated}
 figcaption{font-size:.9rem;margin-top:4px;overflow-wrap:anywhere}figcaption span{display:block}
 .scroll{overflow-x:auto;margin-top:12px}table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
@@ -252,8 +259,14 @@ const videos=[...document.querySelectorAll("video")],play=document.getElementByI
 const still=matchMedia("(prefers-reduced-motion: reduce)").matches;
 let running=!still;
 const show=()=>{play.textContent=running?"Pause":"Play"};
-const run=()=>videos.forEach(v=>running?v.play().catch(()=>{}):v.pause());
-play.onclick=()=>{running=!running;run();show()};
-document.getElementById("again").onclick=()=>{videos.forEach(v=>{v.currentTime=0});running=true;run();show()};
-run();show();
+const refused=e=>{if(e.name==="NotAllowedError"){running=false;show()}};
+const run=()=>{videos.forEach(v=>running?v.play().catch(refused):v.pause());show()};
+const again=()=>{videos.forEach(v=>{v.currentTime=0});run()};
+play.onclick=()=>{running=!running;run()};
+document.getElementById("again").onclick=()=>{running=true;again()};
+videos.forEach(v=>{v.controls=false;v.onpointerenter=v.onpointerleave=e=>{v.controls=e.type==="pointerenter"}});
+const ready=v=>v.readyState>3||new Promise(done=>{v.oncanplaythrough=v.onerror=done});
+const late=new Promise(done=>{setTimeout(done,3000)});
+Promise.race([late,Promise.all(videos.map(ready))]).then(()=>{if(running)again()});
+show();
 """
