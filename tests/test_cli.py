@@ -107,7 +107,7 @@ def test_help_needs_no_torch_and_answers_at_once():
     out, err = in_process("--help").communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # other load does not count
-    for command in ("generate", "demo", "convert", "models", "policies"):
+    for command in ("generate", "demo", "convert", "models", "policies", "bench", "train"):
         assert command in out
     assert err == ""
 
@@ -192,6 +192,32 @@ def test_a_prompt_switch_acts_at_the_first_chunk_that_starts_at_its_second_or_la
     expected += [next(take), next(take)]
     made = latents_of(model, "--chunks", 4, "--prompt-switch", "1.0:kite: red")
     assert torch.equal(made, torch.cat([c.latents for c in expected], 1))
+
+
+def test_what_becomes_of_the_text_encoder_changes_no_frame_and_every_prompt_is_still_obeyed(model, folder):
+    switched = ("--chunks", 4, "--prompt-switch", "1.0:kite: red", "--snapshot", "s.safetensors")
+    takes = [latents_of(model, *switched, "--text-encoder", fate) for fate in ("offload", "keep", "free")]
+    assert torch.equal(takes[0], takes[1]) and torch.equal(takes[0], takes[2])
+    assert not torch.equal(takes[0], latents_of(model, "--chunks", 4))
+    resumed = ("--resume", "s.safetensors", "--chunks", 2, "--text-encoder")
+    kept, freed = (latents_of(model, *resumed, fate, prompt="red") for fate in ("keep", "free"))
+    assert torch.equal(kept, freed)
+    made = report(generate(model, *switched, "--text-encoder", "free", "--json"))
+    assert made["prompt"] == "kite: red"  # the one in force at the end, though the session knows its numbers only
+
+
+def test_an_embedded_model_runs_on_one_thread_and_others_on_torchs_own_unless_told(model, folder, monkeypatch):
+    before = torch.get_num_threads()
+    most = os.cpu_count()
+    try:
+        torch.set_num_threads(most)
+        used = lambda *arguments: report(generate(model, "--chunks", 1, "--json", *arguments))["threads"]
+        assert used() == most and used("--threads", 1) == 1
+        monkeypatch.setattr("longtake.hosts.loading.embedded", lambda: {str(model): model})
+        assert used() == 1 and used("--threads", most) == most
+        assert torch.get_num_threads() == most  # as it was, for a program that calls the command
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_resuming_a_snapshot_equals_never_having_stopped(model, folder):
@@ -400,6 +426,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(what, model, fo
         (["--memory", "much"], ["'much'", "500MB"]),
         (["--residency", "cloud"], ["'cloud'", "resident, scratch, alias"]),
         (["--device", "abacus"], ["'abacus'", "cuda"]),
+        (["--threads", "0"], ["0 threads", "from 1 to"]),
+        (["--threads", "100000"], ["100000 threads"]),
+        (["--text-encoder", "burn"], ["'burn'", "offload, keep, free"]),
         (["--dtype", "int8"], ["'int8'", "bfloat16"]),
         (["--resume", "text.png"], ["text.png is not a readable snapshot"]),
         (["--resume", "text.png", "--seed", "3", "--image", "x"], ["--seed, --image"]),
@@ -496,6 +525,24 @@ def test_a_converted_checkpoint_is_a_model_that_generate_takes(model, tmp_path, 
     refused(run("convert", *checkpoint[:1], "out2", "--base", tmp_path), str(tmp_path))
     assert report(generate(folder / "out", "--size", "32x16", "--chunks", 1, "--json"))["frames"] == 9
     assert sorted(os.listdir(folder)) == ["a.mp4", "out"]
+
+
+def test_bench_shares_the_exit_codes(folder):
+    result = run("bench", "take", "--shape", "huge")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.strip().startswith("error: no shape 'huge'") and "cpu-small" in result.stderr
+    assert os.listdir(folder) == []
+
+
+def test_training_refuses_what_cannot_work_before_it_starts(folder):
+    Path("file").write_text("")
+    refused(run("train", "tiny-wan", "--out", "m", "--vae-minutes", "0"), "--vae-minutes 0")
+    refused(run("train", "tiny-wan", "--out", "m", "--transformer-minutes", "nan"), "--transformer-minutes nan")
+    refused(run("train", "tiny-wan", "--out", "m", "--batch", "0"), "--batch 0")
+    refused(run("train", "tiny-wan", "--out", "m", "--device", "abacus"), "'abacus'")
+    refused(run("train", "tiny-wan", "--out", "m", "--threads", "0"), "0 threads")
+    refused(run("train", "tiny-wan", "--out", "file"), "file/work", "--out")
+    assert os.listdir(folder) == ["file"]
 
 
 def test_amounts_of_memory_are_read_and_said_in_the_usual_units():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import longtake
 from longtake import demo as module
+from longtake import demo_page
 from longtake.cli import app
 from longtake.demo import check_out, label_of, line_up, make_demo
 from longtake.demo_page import bytes_text, nice_ticks, page
@@ -120,6 +121,15 @@ def test_prompts_are_text_on_the_page_never_markup(made):
     parsed = Page((made[0] / "index.html").read_text())
     assert parsed.tags.count("script") == 1  # the page's own
     assert EVIL in parsed.text
+    about = {"about": "made by `make <it>`"}
+    parsed = Page(page(made[1] | {"model": made[1]["model"] | about}))
+    assert "made by make <it>" in parsed.text and "it" not in parsed.tags
+
+
+def test_lines_of_a_chart_differ_in_colour_or_dashes_and_neighbours_in_both():
+    styles = [demo_page._style(i).split() for i in range(24)]
+    assert len({tuple(style) for style in styles}) == 24
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(styles))
 
 
 def test_charts_are_well_formed_with_a_point_for_each_policy_and_chunk(made):

@@ -13,6 +13,8 @@ from .commands.demo import demo
 from .commands.generate import generate
 from .commands.listing import models, policies
 from .commands.shell import guarded
+from .commands.train import train
+from .evaluate import bench_cli
 
 app = typer.Typer(
     name="longtake", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -37,6 +39,12 @@ def longtake(
 
 for command in (generate, demo, convert, models, policies):
     app.command()(guarded(command))
+
+bench = typer.Typer(no_args_is_help=True, help=bench_cli.bench.__doc__)
+bench.callback()(bench_cli.bench)
+bench.command("take")(guarded(bench_cli.take))
+app.add_typer(bench, name="bench")
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -59,9 +59,9 @@ def make_demo(
         raise LongtakeError(f"{host.name} names no example prompts: give at least one (--prompt)")
     entries, left_out = line_up(host) if not policies else ([(label_of(p), p) for p in dict.fromkeys(policies)], [])
     started, others = time.perf_counter(), cpu_times()
-    with _threads_restored(), _folder(out) as folder:
+    with _folder(out) as folder:
         geometry = host.geometry()
-        per_chunk, threads = warm_up(host, prompts[0], seed)
+        per_chunk = chunk_seconds(host, prompts[0], seed)
         wanted = geometry.chunks(SECONDS if seconds is None else seconds)
         chunks = wanted
         if seconds is None:
@@ -88,7 +88,7 @@ def make_demo(
             "made_by": MADE_BY, "format": 1, "model": _model(host, geometry), "seed": seed, "seconds": length,
             "chunks": chunks, "shortened_from": wanted if chunks < wanted else None,
             "policies": [_summary(label, p, [t for t in takes if t["policy"] == label]) for label, p in entries],
-            "left_out": left_out, "takes": takes, "threads": threads,
+            "left_out": left_out, "takes": takes, "threads": torch.get_num_threads(),
             "others_busy": others.others_until(spent) if others and spent else None,
             "wall_seconds": time.perf_counter() - started, **provenance(host.device),
         }  # fmt: skip
@@ -160,21 +160,11 @@ def check_out(out: Path) -> None:
         )
 
 
-def warm_up(host: Host, prompt: str, seed: int) -> tuple[float, int]:
-    """Seconds of one chunk after the first, and the number of threads left set, which is the fastest of one and all.
-
-    A model this small spends more on waking threads than they save, most of all on a machine that others use too.
-    """
+def chunk_seconds(host: Host, prompt: str, seed: int) -> float:
+    """Time of one chunk after the first, which loads kernels and allocates."""
     take = Session(host, prompt=prompt, seed=seed)
-    next(take)  # loads kernels, allocates
-    times: dict[int, float] = {}
-    most = torch.get_num_threads()
-    for threads in dict.fromkeys((1, most) if host.device.type == "cpu" else (most,)):
-        torch.set_num_threads(threads)
-        times[threads] = next(take).stats.seconds
-    best = min(times, key=lambda threads: times[threads])
-    torch.set_num_threads(best)
-    return times[best], best
+    next(take)
+    return next(take).stats.seconds
 
 
 def _take(
@@ -247,15 +237,6 @@ def _model(host: Host, geometry: Geometry) -> dict[str, Any]:
 
 def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

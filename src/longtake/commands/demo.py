@@ -20,6 +20,7 @@ def demo(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Make takes of three prompts under several policies, and a page that compares them. Needs no arguments.
@@ -34,11 +35,12 @@ def demo(
     from ..policies import parse
 
     check_out(out)
+    shell.check_threads(threads)
     policies = [parse(spec) for spec in policy or ()]
     shell.check_device(device)
     shell.hush()
     host = load(model or options.DEFAULT_MODEL, device=device, dtype=dtype)
-    with DemoProgress() as progress:
+    with shell.cpu_threads(threads, host), DemoProgress() as progress:
         result = make_demo(
             out, host, prompts=prompt or (), policies=policies, seconds=seconds, seed=seed or 0, tick=progress.tick
         )

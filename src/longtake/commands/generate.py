@@ -12,7 +12,7 @@ import typer
 
 from ..errors import LongtakeError
 from . import options, shell
-from .take import report_text, roll
+from .take import report_text, roll, say_prompt
 
 if TYPE_CHECKING:
     from ..hosts.base import Host
@@ -40,6 +40,8 @@ def generate(
     residency: options.Residency = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    text_encoder: options.TextEncoder = "offload",
+    threads: options.Threads = None,
     causal: options.Causal = False,
     family: options.CausalFamily = None,
     latents: options.Latents = None,
@@ -76,6 +78,7 @@ def generate(
     height, width = shell.parse_size(size)
     switches = [parse_switch(text) for text in prompt_switch or ()]
     budget = None if memory is None else shell.parse_bytes(memory)
+    shell.check_threads(threads)
 
     from ..policies import parse
     from ..session import Session
@@ -90,46 +93,52 @@ def generate(
     told = {} if resume is None else described(resume)
     started = time.perf_counter()
     shell.hush()
-    host = load_host(model or told.get("host") or options.DEFAULT_MODEL, device, dtype, family or causal or None)
+    host = load_host(
+        model or told.get("host") or options.DEFAULT_MODEL, device, dtype, family or causal or None, text_encoder
+    )
     load_seconds = time.perf_counter() - started
+    with shell.cpu_threads(threads, host) as used:
+        later = [text for _, text in switches] + ([prompt] if prompt is not None and resume is not None else [])
+        # once the session stands there is no text encoder any more
+        embeds = {text: host.encode_prompt([text]) for text in later} if text_encoder == "free" else {}
+        if resume is not None:
+            take = restored(resume, host, kv_policy)
+            if prompt is not None:
+                say_prompt(take, prompt, embeds)
+        else:
+            if budget is not None:
+                kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
+            geometry = host.geometry(height, width)
+            if chunks is None:
+                chunks = geometry.chunks(seconds, given=0 if image is None else 1)
+            take = Session(
+                host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
+                image=None if image is None else first_frame(image, geometry.height, geometry.width),
+                height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+                residency=residency or "resident", chunks=None if snapshot else chunks,  # a snapshot's take may go on
+            )  # fmt: skip
+        before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
+        if chunks is None:  # the length of the continuation
+            chunks = take.geometry.chunks(seconds + before / take.geometry.fps, given=take.frame)
+        if take.chunks is not None and take.index + chunks > take.chunks:
+            raise LongtakeError(
+                f"{chunks} chunks more: this snapshot's take was begun with {take.chunks} in all and ends in "
+                f"{take.chunks - take.index}; ask for that many, or begin it without chunks="
+            )
+        total = take.geometry.pixel_frames(take.frame + chunks * take.geometry.chunk_frames) - before
+        check_switches(switches, total - take.geometry.chunk_frames * take.geometry.stride[0], take.geometry.fps)
 
-    if resume is not None:
-        take = restored(resume, host, kv_policy)
-        if prompt is not None:
-            take.prompt = prompt
-    else:
-        if budget is not None:
-            kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
-        geometry = host.geometry(height, width)
-        if chunks is None:
-            chunks = geometry.chunks(seconds, given=0 if image is None else 1)
-        take = Session(
-            host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
-            image=None if image is None else first_frame(image, geometry.height, geometry.width),
-            height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-            residency=residency or "resident", chunks=None if snapshot else chunks,  # a snapshot's take may go on
-        )  # fmt: skip
-    before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
-    if chunks is None:  # the length of the continuation
-        chunks = take.geometry.chunks(seconds + before / take.geometry.fps, given=take.frame)
-    if take.chunks is not None and take.index + chunks > take.chunks:
-        raise LongtakeError(
-            f"{chunks} chunks more: this snapshot's take was begun with {take.chunks} in all and ends in "
-            f"{take.chunks - take.index}; ask for that many, or begin it without chunks="
-        )
-    total = take.geometry.pixel_frames(take.frame + chunks * take.geometry.chunk_frames) - before
-    check_switches(switches, total - take.geometry.chunk_frames * take.geometry.stride[0], take.geometry.fps)
-
-    made = roll(take, chunks, switches, output, latents)
-    if snapshot is not None and made.whole:
-        take.snapshot(snapshot)
+        made = roll(take, chunks, switches, embeds, output, latents)
+        if snapshot is not None and made.whole:
+            take.snapshot(snapshot)
     report = {
         "output": str(output) if made.frames else None, "status": made.status, "model": host.name,
         "policy": spec(take.policy), "reuse": take.reuse.name,
-        "prompt": take.prompt, "seed": None if resume else seed or 0,
+        "prompt": made.prompt or take.prompt or prompt, "seed": None if resume else seed or 0,
         "width": take.geometry.width, "height": take.geometry.height, "fps": take.geometry.fps,
-        "device": str(host.device), "dtype": str(host.dtype).removeprefix("torch."), "load_seconds": load_seconds,
-        **made.figures(take), "latents": str(latents) if latents and made.frames else None,
+        "device": str(host.device), "threads": used, "dtype": str(host.dtype).removeprefix("torch."),
+        "load_seconds": load_seconds, **made.figures(take),
+        "latents": str(latents) if latents and made.frames else None,
         "snapshot": str(snapshot) if snapshot and made.whole else None,
     }  # fmt: skip
     shell.answer(report, report_text(report), as_json)
@@ -141,11 +150,11 @@ def generate(
         shell.fail(str(made.error), shell.FAILED)
 
 
-def load_host(model: str, device: str | None, dtype: str | None, causal: bool | str | None) -> Host:
-    """`longtake.load`, with the option's name in the advice."""
+def load_host(model: str, device: str | None, dtype: str | None, causal: bool | str | None, text_encoder: str) -> Host:
+    """`longtake.load`."""
     from ..hosts.loading import load
 
-    return load(model, device=device, dtype=dtype, causal=causal)
+    return load(model, device=device, dtype=dtype, causal=causal, text_encoder=text_encoder)
 
 
 def fitted(

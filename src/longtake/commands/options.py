@@ -67,6 +67,21 @@ Dtype = Annotated[
     str | None,
     Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
 ]
+TextEncoder = Annotated[
+    str,
+    Option(
+        help="Once prompts are encoded: offload (to host memory), keep (on the device) or free (--prompt-switch then "
+        "encodes its prompts at the start too).",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    Option(
+        metavar="N",
+        help="CPU threads.",
+        show_default="1 for an embedded model, whose operations are too small to share out; else torch's own",
+    ),
+]
 Causal = Annotated[bool, Option("--causal", help="The weights are causal, though their files do not say so.")]
 CausalFamily = Annotated[
     str | None, Option("--family", help="… and of this family (`longtake models` lists them).")
@@ -113,3 +128,14 @@ DemoSeconds = Annotated[
     float | None,
     Option("--seconds", help="Length of each take.", show_default="12, or what two minutes are enough for"),
 ]
+
+TrainFolder = Annotated[
+    Path, Option("--out", metavar="DIR", help="The model folder to write; DIR/work holds checkpoints and numbers.")
+]
+VaeMinutes = Annotated[float, Option(help="For the video autoencoder.")]
+DecoderMinutes = Annotated[float, Option(help="For its decoder alone.")]
+TransformerMinutes = Annotated[float, Option(help="For text encoder and transformer.")]
+Batch = Annotated[int, Option(help="Windows of four chunks a step.")]
+TrainSeed = Annotated[int, Option("--seed", help="Start of the random numbers.")]
+TrainDevice = Annotated[str, Option("--device", help="cpu or cuda.")]
+TrainThreads = Annotated[int | None, Option("--threads", metavar="N", help="CPU threads.", show_default="torch's own")]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import LongtakeError, NonFiniteError
+
+if TYPE_CHECKING:
+    from ..hosts.base import Host
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -124,6 +129,30 @@ def check_device(device: str | None) -> None:
         )
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise LongtakeError(f"device {device}: there is no Apple GPU here; use --device cpu")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise LongtakeError for a number of CPU threads that makes no sense here."""
+    most = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= most:
+        raise LongtakeError(f"{threads} threads: this machine runs from 1 to {most}")
+
+
+@contextlib.contextmanager
+def cpu_threads(threads: int | None, host: Host) -> Iterator[int]:
+    """Within `with`, torch computes on `threads` CPU threads; by default on one for an embedded model, whose operations
+    take less time than waking a second thread on a busy machine, and for others on as many as torch chose."""
+    import torch
+
+    from ..hosts.loading import embedded
+
+    before = torch.get_num_threads()
+    small = host.device.type == "cpu" and host.name in embedded()
+    torch.set_num_threads(threads or (1 if small else before))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_file(path: Path, what: str) -> None:

@@ -13,6 +13,8 @@ from .latents import LatentsWriter
 from .progress import TakeProgress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..session import Session
     from ..video import Mp4Writer
 
@@ -29,6 +31,7 @@ class Made:
     status: str = "complete"  # or "interrupted", "non-finite"
     whole: bool = True  # the session stands at a chunk border, and the file holds everything up to it
     error: NonFiniteError | None = None
+    prompt: str | None = None  # the last that was switched to
 
     def figures(self, take: Session) -> dict[str, Any]:
         """Length, speed and bytes, all measured."""
@@ -50,9 +53,20 @@ class Made:
         }  # fmt: skip
 
 
-def roll(take: Session, chunks: int, switches: list[tuple[float, str]], output: Path, latents: Path | None) -> Made:
-    """Run the take into its files. Chunks that are finished stay in the file whatever ends it: Ctrl-C, or a chunk that
-    is not finite."""
+def say_prompt(take: Session, prompt: str, embeds: dict[str, Tensor]) -> None:
+    """The take's prompt from the next chunk on; `embeds` holds the prompts that are encoded already, [1, T, d]."""
+    if prompt in embeds:
+        take.set_prompt_embeds(embeds[prompt])
+    else:
+        take.prompt = prompt
+
+
+def roll(
+    take: Session, chunks: int, switches: list[tuple[float, str]], embeds: dict[str, Tensor], output: Path,
+    latents: Path | None,
+) -> Made:  # fmt: skip
+    """Run the take into its files, obeying (second, prompt) switches. Chunks that are finished stay in the file
+    whatever ends it: Ctrl-C, or a chunk that is not finite."""
     from ..video import Mp4Writer
 
     geometry, made = take.geometry, Made()
@@ -65,7 +79,7 @@ def roll(take: Session, chunks: int, switches: list[tuple[float, str]], output: 
         stop = files.enter_context(shell.StopAsked())
         progress = files.enter_context(TakeProgress(chunks, geometry.fps, output.name))
         try:
-            _write_chunks(take, chunks, list(switches), stop, progress, video, rows, made)
+            _write_chunks(take, chunks, list(switches), embeds, stop, progress, video, rows, made)
             made.status = "interrupted" if stop.asked and made.chunks < chunks else "complete"
         except NonFiniteError as error:
             made.error, made.status = error, "non-finite"
@@ -77,12 +91,13 @@ def roll(take: Session, chunks: int, switches: list[tuple[float, str]], output: 
 
 
 def _write_chunks(
-    take: Session, chunks: int, switches: list[tuple[float, str]], stop: shell.StopAsked, progress: TakeProgress,
-    video: Mp4Writer, rows: LatentsWriter | None, made: Made,
+    take: Session, chunks: int, switches: list[tuple[float, str]], embeds: dict[str, Tensor], stop: shell.StopAsked,
+    progress: TakeProgress, video: Mp4Writer, rows: LatentsWriter | None, made: Made,
 ) -> None:  # fmt: skip
     while made.chunks < chunks and not stop.asked:
         while switches and switches[0][0] <= made.frames / take.geometry.fps:
-            take.prompt = switches.pop(0)[1]
+            made.prompt = switches.pop(0)[1]
+            say_prompt(take, made.prompt, embeds)
         chunk = next(take)
         assert chunk.frames is not None
         video.write(chunk.frames)
