@@ -25,14 +25,14 @@ import torch
 from ..chunk import ChunkStats
 from ..errors import LongtakeError
 from ..history import LayerView
-from ..hosts.base import HostConfig
 from ..hosts.loading import load
 from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, SlidingWindow
 from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
 from ..session import Session
 from .bench_report import Curve, TakeReport, Target
-from .measure import CountOperations, Figure, OpCounts, live_tensor_bytes, ratios, rss_bytes
+from .bench_shapes import DTYPES, SHAPES, Shape
+from .measure import CountOperations, Figure, live_tensor_bytes, ratios, rss_bytes
 from .provenance import BUSY_LIMIT, cpu_times, others_busy, provenance, refuse_if_busy
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
@@ -42,79 +42,6 @@ PAIRS = 30  # fewer are measured if asked for, and judged by no target
 REPEATS = 3  # runs of the curves
 CODEC_MODEL = "tiny-wan"
 CODEC_RUNS = 12
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A named set of sizes; all that a figure depends on beside machine and software."""
-
-    name: str
-    device: str  # the kind of device it is meant for
-    about: str
-    heads: int
-    head_dim: int
-    layers: int
-    ffn_dim: int
-    text_dim: int
-    text_tokens: int
-    height: int  # pixels, 16 to a token
-    width: int
-    dtype: str = "float32"
-    channels: int = 16
-    freq_dim: int = 256
-    chunk_frames: int = 3
-    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
-    window: int = 21  # latent frames, the chunk in flight included
-    sink: int = 3
-    early: int = 20  # number of the early chunk; the window must have been full for a while
-    curve_chunks: int = 60
-
-    @property
-    def turn(self) -> int:
-        """Chunks after which the window's rows lie in the store as before; in between they form more or fewer runs."""
-        return max(1, (self.window - self.sink) // self.chunk_frames)
-
-    def host(self, device: torch.device, dtype: torch.dtype, seed: int) -> CausalWan:
-        """The shape with random weights: figures of time and memory do not depend on what they say."""
-        from diffusers import WanTransformer3DModel
-
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
-            model: Any = WanTransformer3DModel(
-                num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
-                out_channels=self.channels, text_dim=self.text_dim, freq_dim=self.freq_dim, ffn_dim=self.ffn_dim,
-                num_layers=self.layers,
-            )  # fmt: skip
-        config = HostConfig(
-            causal=True, chunk_frames=self.chunk_frames, timesteps=self.timesteps, height=self.height,
-            width=self.width, text_tokens=self.text_tokens, training_frames=self.window,
-        )  # fmt: skip
-        for name, parameter in model.named_parameters():
-            if not any(island in name for island in model._keep_in_fp32_modules or ()):  # as from_pretrained does
-                parameter.data = parameter.data.to(dtype)
-        return CausalWan(model.eval().requires_grad_(False), config, name=self.name)
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape(
-            "cpu-small", "cpu", "an eight-layer Wan on 128×128 pixels: about half a second per chunk on two cores",
-            heads=6, head_dim=64, layers=8, ffn_dim=1536, text_dim=64, text_tokens=64, height=128, width=128,
-        ),
-        Shape(
-            "cpu-micro", "cpu", "seconds for a whole run: to try the benchmark, not to measure",
-            heads=2, head_dim=12, layers=2, ffn_dim=48, text_dim=8, text_tokens=4, height=32, width=32, channels=4,
-            freq_dim=16, timesteps=(1000, 500), window=9, early=6, curve_chunks=8,
-        ),
-        Shape(
-            "gpu-wan-1.3b", "cuda", "Wan2.1 1.3B at 832×480",
-            heads=12, head_dim=128, layers=30, ffn_dim=8960, text_dim=4096, text_tokens=512, height=480, width=832,
-            dtype="bfloat16", curve_chunks=24,
-        ),
-    )
-}  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -205,7 +132,11 @@ def run(
             "early": shape.early, "pairs": pairs, "repeats": repeats, "curve_chunks": shape.curve_chunks, "seed": seed,
         }  # fmt: skip
         report = TakeReport(
-            command, force, {**asdict(shape), "timesteps": list(shape.timesteps)}, settings, provenance(place),
+            command,
+            force,
+            {**asdict(shape), "timesteps": list(shape.timesteps)},
+            settings,
+            provenance(place),
             {"before": busy, "during": None},
         )
         bench = _Bench(shape.host(place, DTYPES[dtype], seed), shape, chunks, pairs, repeats, seed, report, progress)
@@ -273,24 +204,19 @@ def _pairs(bench: _Bench, early: Path, late: Path) -> None:
 
 
 def _operations(bench: _Bench, early: Path, late: Path) -> None:
-    """Operations of the marked chunks, and of one whole turn of the window's rows from there on."""
-    found: list[tuple[OpCounts, OpCounts]] = []
+    """Operations of the marked chunks, by name and by shape."""
+    counts = []
     for path in (early, late):
         session = Session.restore(path, bench.host)
         next(session)
-        with CountOperations() as turn:
+        with CountOperations() as count:
             next(session)
-            one = OpCounts(turn.by_name.copy(), turn.by_shape.copy())
-            for _ in range(bench.shape.turn - 1):
-                next(session)
-        found.append((one, turn))
-    (one_early, early_turn), (one_late, late_turn) = found
+        counts.append(count)
+    first, last = counts
     bench.report.counts |= {
-        "turn_chunks": bench.shape.turn,
-        "operations": [one_early.total, one_late.total],
-        "operations_per_turn": [early_turn.total, late_turn.total],
-        "operations_per_turn_equal_by_name": early_turn.by_name == late_turn.by_name,
-        "operations_per_turn_equal_by_shape": early_turn.by_shape == late_turn.by_shape,
+        "operations": [first.total, last.total],
+        "operations_equal_by_name": first.by_name == last.by_name,
+        "operations_equal_by_shape": first.by_shape == last.by_shape,
     }
 
 
@@ -424,15 +350,14 @@ def _targets(report: TakeReport) -> list[Target]:
     mega = lambda b: f"{b / 1e6:.2f} MB"
     a, b = counts["live_tensor_bytes"]
     growth, limit = counts["rss_growth_bytes"], 20e6
-    x, y = counts["operations_per_turn"]
+    x, y = counts["operations"]
     targets = [
         Target(f"live tensor bytes at {at}", "equal", f"{a} and {b}", a == b),
         Target(f"resident memory grown from {at}", "≤ 20 MB", "missing", None, "this system does not tell")
         if growth is None
         else Target(f"resident memory grown from {at}", "≤ 20 MB", mega(growth), growth <= limit),
         Target(
-            f"operations in one turn of the window ({counts['turn_chunks']} chunks) from {at}", "equal", f"{x} and {y}",
-            counts["operations_per_turn_equal_by_name"],
+            f"operations of {at}", "equal, each kind", f"{x} and {y}", counts["operations_equal_by_shape"],
         ),
         Target(f"attended tokens at {at}", "equal", "{} and {}".format(*counts["attended_tokens"]),
                counts["attended_tokens"][0] == counts["attended_tokens"][1]),

@@ -24,7 +24,6 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 
 
-
 def bootstrap(
     values: Sequence[float], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> tuple[float, float]:
