@@ -219,9 +219,7 @@ _CSS = (
     ":root{color-scheme:light dark;--bg:#fbfbfa;--ink:#1b1b1a;--soft:#5d5b57;--line:#dddbd6;--card:#fff;"
     + _lines(_LIGHT)
     + "}@media(prefers-color-scheme:dark){:root{"
-    "--bg:#161615;--ink:#ececea;--soft:#a5a29c;--line:#383733;--card:#1f1f1d;"
-    + _lines(_DARK)
-    + "}}"
+    "--bg:#161615;--ink:#ececea;--soft:#a5a29c;--line:#383733;--card:#1f1f1d;" + _lines(_DARK) + "}}"
     """
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
@@ -250,8 +248,7 @@ polyline,.legend line{fill:none;stroke:var(--k);stroke-width:2.2;stroke-linejoin
 .d1{stroke-dasharray:7 3}.d2{stroke-dasharray:2 3}
 .sheet{width:100%;height:auto;margin-top:12px;border:1px solid var(--line);border-radius:6px}
 a{color:var(--k0)}code{overflow-wrap:anywhere}footer{margin-top:40px}
-"""
-    + "".join(f".c{i}{{--k:var(--k{i})}}" for i in range(8))
+""" + "".join(f".c{i}{{--k:var(--k{i})}}" for i in range(8))
 )
 
 _SCRIPT = """
