@@ -11,13 +11,14 @@ from longtake.zoo.tiny_text import SYNONYMS
 
 CHUNK = 3  # latent frames
 CHUNKS = 8  # per clip
+FIRST_CHUNK = 2.5  # weight of a take's first chunk: it has no history to lean on, and everything after leans on it
 SWITCH = 0.3  # share of clips whose caption changes
 
 
 @dataclass(frozen=True)
 class Batch:
     """Windows of n chunks. latents [B, Z, 3 n, h, w], captions [B][n], frames [B, 3 n] temporal positions, and
-    `learn` [B, n]: whether the history in the window determines the chunk as it would in a real take."""
+    `learn` [B, n]: weight of each chunk, 0 where the window lacks the history that a real take would have."""
 
     latents: torch.Tensor
     captions: list[list[str]]
@@ -78,13 +79,15 @@ class Library:
         first = 0 if kind == "start" and self.starts[i] == 0 else int(rng.integers(1, CHUNKS - chunks + 1))
         picked = list(range(first, first + chunks))
         shift = np.zeros(chunks, dtype=np.int64)
-        learn = np.ones(chunks, dtype=bool)
+        learn = np.ones(chunks, dtype=np.float32)
+        if first == 0:
+            learn[0] = FIRST_CHUNK
         if kind == "sink" and first > 0 and self.starts[i] == 0:
             # The first chunk of the take stays visible while everything else moves on, for hundreds of frames.
-            picked[0], learn[:2] = 0, False
+            picked[0], learn[:2] = 0, 0.0
             shift[1:] = CHUNK * int(rng.integers(0, 200)) if rng.random() < 0.8 else 0
         elif first > 0:
-            learn[0] = False
+            learn[0] = 0.0
         index = np.concatenate([np.arange(CHUNK * k, CHUNK * k + CHUNK) for k in picked])
         frames = torch.from_numpy(index + shift.repeat(CHUNK))
         captions = [_reworded(self.captions[i][k], rng) for k in picked]

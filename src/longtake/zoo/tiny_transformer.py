@@ -44,7 +44,7 @@ def build(z_dim: int) -> WanTransformer3DModel:
 def train(
     folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, seed: int, batch: int
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
-    """Teacher forcing on windows of four chunks, then of seven; text encoder and transformer learn together."""
+    """Teacher forcing on windows of four chunks, later of seven too; text encoder and transformer learn together."""
     torch.manual_seed(seed)
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
@@ -55,7 +55,7 @@ def train(
     for share in stage:
         rng = np.random.default_rng([seed, stage.steps])
         library.grow(int(rng.random() < 0.5))
-        chunks = 4 if share < 0.6 else 7
+        chunks = 4 if share < 0.6 or rng.random() < 0.4 else 7
         window = library.draw(rng, max(1, batch * 4 // chunks), chunks)
         # One row of text per distinct prompt of the batch, then one copy per chunk.
         prompts = sorted({caption for captions in window.captions for caption in captions})
