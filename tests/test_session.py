@@ -589,6 +589,21 @@ def test_a_policy_of_ones_own_is_asked_for_instead_of_taken_for_its_base(tmp_pat
     assert torch.equal(next(other).latents, next(take).latents)
 
 
+def test_it_does_not_matter_where_embeddings_lie_in_memory():
+    """As those of a snapshot do, which begin anywhere in the file."""
+    host, memory = tiny_wan(), torch.zeros(100)
+    elsewhere = memory[3:53].view(1, 5, 10).copy_(text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        here, there = host.text_state(text()), host.text_state(elsewhere)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip((*here.k, *here.v), (*there.k, *there.v), strict=True))
+    memory.fill_(7)  # what the caller does with it later changes nothing
+    assert torch.equal(there.embeds, text())
+
+
 def test_a_snapshot_keeps_the_end_of_the_take(tmp_path):
     take = take_of(chunks=4)
     latents_of(take, 2)

@@ -168,7 +168,9 @@ class CausalWan(Host):
                 f"prompt embeddings of shape {tuple(embeds.shape)}: {self.name} takes "
                 f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}]"
             )
-        text = self.transformer.condition_embedder.text_embedder(embeds.to(self.device, self.dtype))
+        # a copy: where a tensor lies in memory steers how some kernels round, and a restored one lies elsewhere
+        embeds = embeds.to(self.device, self.dtype).clone(memory_format=torch.contiguous_format)
+        text = self.transformer.condition_embedder.text_embedder(embeds)
         k, v = [], []
         for block in self.transformer.blocks:
             attn = block.attn2
