@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow
+from longtake.cli import app
 from longtake.evaluate import bench_take
-from longtake.evaluate.bench_cli import app
 from longtake.evaluate.bench_report import TakeReport
 from longtake.evaluate.bench_take import SHAPES, BareForwards, run
 from longtake.evaluate.measure import CountOperations, Figure, bootstrap, live_tensor_bytes, ratios, rss_bytes
@@ -271,7 +272,7 @@ def test_wrong_settings_are_said_before_any_work(monkeypatch, options, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_shape_without_a_gpu_is_one_clear_line():
-    result = CliRunner().invoke(app, ["take", "--shape", "gpu-wan-1.3b"])
+    result = CliRunner().invoke(app, ["bench", "take", "--shape", "gpu-wan-1.3b"])
     assert result.exit_code == 2
     assert "sees no CUDA device" in result.output and "Traceback" not in result.output
 
@@ -279,7 +280,7 @@ def test_gpu_shape_without_a_gpu_is_one_clear_line():
 def test_command_writes_both_files_and_answers_in_json(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_take, "others_busy", idle)
     options = ["--shape", "cpu-micro", "--chunks", "8", "--pairs", "2", "--threads", "1", "--json"]
-    result = CliRunner().invoke(app, ["take", *options, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["bench", "take", *options, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((tmp_path / "take-cpu.json").read_text())
     assert (tmp_path / "take-cpu.png").exists()
@@ -294,3 +295,9 @@ def test_named_shapes_are_valid_takes():
     for shape in SHAPES.values():
         assert shape.early > shape.window // shape.chunk_frames  # the window is full well before
         assert (shape.window - shape.sink) % shape.chunk_frames == 0
+
+
+def test_readme_states_what_the_committed_report_found():
+    root = Path(__file__).parent.parent
+    table = TakeReport.read(root / "benchmarks" / "take-cpu.json").markdown()
+    assert table in (root / "README.md").read_text(encoding="utf-8")

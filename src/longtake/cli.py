@@ -40,9 +40,9 @@ def longtake(
 for command in (generate, demo, convert, models, policies):
     app.command()(guarded(command))
 
-bench = typer.Typer(no_args_is_help=True, help=bench_cli.bench.__doc__)
-bench.callback()(bench_cli.bench)
+bench = typer.Typer(no_args_is_help=True, help=bench_cli.HELP)
 bench.command("take")(guarded(bench_cli.take))
+bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
 

@@ -12,15 +12,9 @@ import typer
 
 from ..errors import LongtakeError
 
-app = typer.Typer(no_args_is_help=True, help="Measure, with provenance: figures as JSON and PNG.")
+HELP = "Measure, with provenance: figures as JSON and PNG."
 
 
-@app.callback()
-def bench() -> None:
-    """Measure, with provenance: figures as JSON and PNG."""
-
-
-@app.command()
 def take(
     shape: Annotated[str, typer.Option(help="cpu-small, gpu-wan-1.3b, or cpu-micro to try it.")] = "cpu-small",
     chunks: Annotated[int, typer.Option(help="Length of the take.")] = 300,
@@ -34,14 +28,29 @@ def take(
 ) -> None:
     """Does a long take stay flat? Time, memory and operations of an early and a late chunk, and the cost of everything
     beside the model's forwards."""
+    main(
+        shape, chunks=chunks, pairs=pairs, out=out, force=force, as_json=as_json, device=device, dtype=dtype,
+        threads=threads,
+    )  # fmt: skip
+
+
+def table(
+    report: Annotated[Path, typer.Argument(help="A JSON that `bench take` wrote.")] = Path("benchmarks/take-cpu.json"),
+    into: Annotated[Path | None, typer.Option(help="A document to fill between its marks, e.g. README.md.")] = None,
+) -> None:
+    """The figures of a benchmark as a Markdown table: printed, or filled into a document."""
+    from .bench_report import TakeReport, fill
+    from .provenance import write_atomically
+
+    text = TakeReport.read(report).markdown()
+    if into is None:
+        typer.echo(text)
+        return
     try:
-        main(
-            shape, chunks=chunks, pairs=pairs, out=out, force=force, as_json=as_json, device=device, dtype=dtype,
-            threads=threads,
-        )  # fmt: skip
-    except LongtakeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        document = into.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtakeError(f"{into} cannot be read: {error}") from error
+    write_atomically(into, fill(document, text).encode())
 
 
 def main(

@@ -104,6 +104,32 @@ class TakeReport:
         lines.append(f"other processes used {share} of the machine meanwhile")
         return "\n".join(lines)
 
+    def markdown(self) -> str:
+        """For a README: what was promised and found, and where."""
+        words = {True: "kept", False: "**not kept**", None: "not judged"}
+        machine, versions = self.provenance["machine"], self.provenance["versions"]
+        commit = (self.provenance["git"] or {}).get("commit", "unknown")[:10]
+        rows = [f"| {t.name} | {t.limit} | {t.found} | {words[t.met]} |" for t in self.targets]
+        rows += [f"| {row['shape']} | | missing: {row['reason']} | |" for row in self.missing]
+        where = (
+            f"`{self.command}`: shape {self.shape['name']}, {self.settings['dtype']}, {self.settings['threads']} threads, "
+            f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
+            f"{self.provenance['date'][:10]}, commit {commit}."
+        )
+        return "\n".join(["| what | promised | found | |", "|---|---|---|---|", *rows, "", where])
+
+
+MARKS = ("<!-- bench:take -->", "<!-- /bench:take -->")
+
+
+def fill(text: str, table: str) -> str:
+    """A document with the table between its marks. Raises LongtakeError if it has none."""
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise LongtakeError(f"the document has no {MARKS[0]} … {MARKS[1]}: put the two lines where the table belongs")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
 
 def draw(report: TakeReport) -> bytes:
     """PNG: milliseconds per chunk, and those outside the forwards, against the chunk's number."""
