@@ -111,8 +111,9 @@ class TakeReport:
         commit = (self.provenance["git"] or {}).get("commit", "unknown")[:10]
         rows = [f"| {t.name} | {t.limit} | {t.found} | {words[t.met]} |" for t in self.targets]
         rows += [f"| {row['shape']} | | missing: {row['reason']} | |" for row in self.missing]
+        threads = f"{self.settings['threads']} threads"
         where = (
-            f"`{self.command}`: shape {self.shape['name']}, {self.settings['dtype']}, {self.settings['threads']} threads, "
+            f"`{self.command}`: shape {self.shape['name']}, {self.settings['dtype']}, {threads}, "
             f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
             f"{self.provenance['date'][:10]}, commit {commit}."
         )
