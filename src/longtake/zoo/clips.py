@@ -11,16 +11,18 @@ from longtake.zoo.tiny_text import SYNONYMS
 
 CHUNK = 3  # latent frames
 CHUNKS = 8  # per clip
-FIRST_CHUNK = 2.5  # weight of a take's first chunk: it has no history to lean on, and everything after leans on it
+FIRST_CHUNK = 4.0  # weight of a take's first chunk: it has no history to lean on, and everything after leans on it
 SWITCH = 0.3  # share of clips whose caption changes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of n chunks. latents [B, Z, 3 n, h, w], captions [B][n], frames [B, 3 n] temporal positions, and
-    `learn` [B, n]: weight of each chunk, 0 where the window lacks the history that a real take would have."""
+    """Windows of n chunks: latents and `empty` (the same scenes without shapes) [B, Z, 3 n, h, w], captions [B][n],
+    temporal positions `frames` [B, 3 n], and `learn` [B, n], the weight of each chunk: 0 where the window lacks the
+    history that a real take would have."""
 
     latents: torch.Tensor
+    empty: torch.Tensor
     captions: list[list[str]]
     frames: torch.Tensor
     learn: torch.Tensor
@@ -50,6 +52,9 @@ class Library:
         self.latents: list[torch.Tensor] = []
         self.captions: list[list[str]] = []
         self.starts: list[int] = []
+        end = pixel_frame(CHUNKS)
+        empty = np.stack([world.Scene(name, world.MOTIONS[0], ()).render(end) for name in world.BACKGROUNDS])
+        self.empty = dict(zip(world.BACKGROUNDS, tiny_vae.encode(vae, empty).unbind(), strict=True))
 
     def grow(self, films: int) -> None:
         """Add `films` new films."""
@@ -67,13 +72,13 @@ class Library:
     def draw(self, rng: np.random.Generator, batch: int, chunks: int) -> Batch:
         """`batch` random windows of `chunks` chunks: from the start, from the middle, or a far sink and a middle."""
         windows = [self._window(rng, chunks) for _ in range(batch)]
-        latents, captions, frames, learn = zip(*windows, strict=True)
+        latents, empty, captions, frames, learn = zip(*windows, strict=True)
         places, learnt = (torch.stack(x).to(self.vae.device) for x in (frames, learn))
-        return Batch(torch.stack(latents), list(captions), places, learnt)
+        return Batch(torch.stack(latents), torch.stack(empty), list(captions), places, learnt)
 
     def _window(
         self, rng: np.random.Generator, chunks: int
-    ) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
         i = int(rng.integers(len(self.latents)))
         kind = rng.choice(["start", "middle", "sink"], p=[0.7, 0.1, 0.2])
         first = 0 if kind == "start" and self.starts[i] == 0 else int(rng.integers(1, CHUNKS - chunks + 1))
@@ -90,8 +95,13 @@ class Library:
             learn[0] = 0.0
         index = np.concatenate([np.arange(CHUNK * k, CHUNK * k + CHUNK) for k in picked])
         frames = torch.from_numpy(index + shift.repeat(CHUNK))
-        captions = [_reworded(self.captions[i][k], rng) for k in picked]
-        return self.latents[i][:, index], captions, frames, torch.from_numpy(learn)
+        told = [self.captions[i][k] for k in picked]
+        behind = [next(name for name, (words, *_) in world.BACKGROUNDS.items() if words in caption) for caption in told]
+        empty = torch.cat(
+            [self.empty[name][:, CHUNK * k :][:, :CHUNK] for name, k in zip(behind, picked, strict=True)], 1
+        )
+        captions = [_reworded(caption, rng) for caption in told]
+        return self.latents[i][:, index], empty, captions, frames, torch.from_numpy(learn)
 
 
 def _changed(scene: world.Scene, rng: np.random.Generator) -> world.Scene:

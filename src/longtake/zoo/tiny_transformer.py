@@ -16,6 +16,7 @@ TIMESTEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
 FIRST_FILMS = 100
 HISTORY_NOISE = 0.3
+FADED = 0.3  # share of windows
 
 
 def warp(timesteps: tuple[int, ...] = TIMESTEPS, shift: float = SHIFT) -> list[float]:
@@ -62,7 +63,7 @@ def train(
         which = torch.tensor([[prompts.index(caption) for caption in captions] for captions in window.captions])
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             text = tiny_text.embed(tokens, encoder, prompts)[which.to(device)]
-            loss = _loss(transformer, window, text, rng, own=share > 0.5 and rng.random() < 0.35)
+            loss = _loss(transformer, window, text, rng, own=share > 0.5 and rng.random() < 0.5)
         stage.step(*loss)
     stage.finish()
     causal.release(transformer)
@@ -75,13 +76,16 @@ def _loss(
     x, n = window.latents, window.learn.shape[1]
     clean = x
     if own:
-        # History as the sampler would leave it: the model's own last step, given the true past.
-        last = warp()[-1]
-        times = torch.full((len(x), n), last, device=x.device)
-        sigma = last / 1000
+        # History as the sampler may leave it: the model's own guess at one of its noise levels, given the true past.
+        level = float(rng.choice(warp()[1:], p=[0.2, 0.4, 0.4]))
+        times = torch.full((len(x), n), level, device=x.device)
+        sigma = level / 1000
         noisy = (1 - sigma) * x + sigma * torch.randn_like(x)
         with torch.no_grad():
             clean = noisy - sigma * causal.velocity(transformer, x, noisy, times, text, window.frames).float()
+    # Shapes that have faded must come back: the history is mixed with the empty scene now and then.
+    faded = torch.from_numpy(rng.random((len(x), n)) * (rng.random((len(x), 1)) < FADED)).to(x)
+    clean = clean + _spread(faded) * (window.empty - clean)
     dirt = torch.from_numpy(rng.uniform(0, HISTORY_NOISE, (len(x), n)) * (rng.random((len(x), 1)) < 0.7))
     dirt = _spread(dirt.to(x))
     clean = (1 - dirt) * clean + dirt * torch.randn_like(x)
