@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longtake import FullHistory, LongtakeError, SlidingWindow, policies
-from longtake.history import History, HistoryFull
+from longtake import FullHistory, LongtakeError, PlanError, SlidingWindow, policies
+from longtake.history import History
 from longtake.plan import FULL, Drop, Entry, HistoryShape, Plan, as_tensor
 from longtake.policies import KVPolicy
 from longtake.rope import wan_table
@@ -288,7 +288,7 @@ def test_more_rows_than_promised_are_refused_before_anything_is_written():
 
     driven = Driven(shape_of(3), Hoarder())
     driven.chunk(3), driven.chunk(3)
-    with pytest.raises(HistoryFull, match="free"):
+    with pytest.raises(PlanError, match="free"):
         driven.announce(3)
     driven.history.abandon(2)
     driven.check_rows()

@@ -268,6 +268,9 @@ class Says(KVPolicy):
     def plan(self, table: BlockTable, signals: Signals) -> Plan:
         return self.answer
 
+    def capacity(self, shape: HistoryShape) -> None:
+        return None
+
 
 def two_blocks(frames_seen: int = 6) -> BlockTable:
     forms = [{"full": Form(6)}, {"full": Form(6), "compressed": Form(2)}]
@@ -356,6 +359,9 @@ FILE = """
 
         def plan(self, table, signals):
             return Plan(tuple(Entry(b.id) for b in table.blocks[-self.last:]))
+
+        def capacity(self, shape):
+            return None
 """
 
 

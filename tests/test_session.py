@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longtake
+from longtake import PlanError  # noqa: I001
 from longtake import FullHistory, LongtakeError, NonFiniteError, Session, SlidingWindow, generate, policies
-from longtake.history import HistoryFull
 from longtake.policies import KVPolicy
 from longtake.session import history_shape
 
@@ -281,7 +281,7 @@ def test_a_policy_that_breaks_its_promise_is_stopped_and_not_committed():
 
     take = take_of(policy=Greedy(6, sink=0))
     latents_of(take, 2)
-    with pytest.raises(HistoryFull):
+    with pytest.raises(PlanError, match="capacity"):
         next(take)
     assert take.index == 2 and len(take.history.blocks) == 2
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 # names → module: `import longtake` stays cheap, torch and diffusers load with the first name that needs them
 _HOME = {
-    "Chunk": "chunk", "ChunkStats": "chunk", "Session": "session", "generate": "session",
-    "load": "hosts.loading",
-    "FullHistory": "policies", "KVPolicy": "policies", "SlidingWindow": "policies",
-    "NoReuse": "reuse", "ReusePolicy": "reuse",
-    "Geometry": "geometry", "LongtakeError": "errors", "NonFiniteError": "errors",
+    "Session": "session", "generate": "session", "Chunk": "chunk", "ChunkStats": "chunk",
+    "load": "hosts.loading", "Geometry": "geometry", "Mp4Writer": "video", "read_image": "video",
+    "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies",
+    "Plan": "plan", "Entry": "plan", "Choose": "plan", "Fuse": "plan", "Drop": "plan",
+    "Block": "plan", "BlockTable": "plan", "Signals": "plan", "HistoryShape": "plan",
+    "ReusePolicy": "reuse", "NoReuse": "reuse",
+    "LongtakeError": "errors", "NonFiniteError": "errors", "PlanError": "errors",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)
@@ -19,15 +21,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .chunk import Chunk, ChunkStats
-    from .errors import LongtakeError, NonFiniteError
+    from .errors import LongtakeError, NonFiniteError, PlanError
     from .geometry import Geometry
     from .hosts.loading import load
+    from .plan import Block, BlockTable, Choose, Drop, Entry, Fuse, HistoryShape, Plan, Signals
     from .policies import FullHistory, KVPolicy, SlidingWindow
     from .reuse import NoReuse, ReusePolicy
     from .session import Session, generate
+    from .video import Mp4Writer, read_image
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'longtake' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -5,5 +5,9 @@ class LongtakeError(ValueError):
     """A wrong input. The command line prints the message and exits with code 2."""
 
 
+class PlanError(LongtakeError):
+    """A policy's plan cannot be made true: it names what is not there, or keeps more than its `capacity` promised."""
+
+
 class NonFiniteError(RuntimeError):
     """A chunk came out with NaN or infinity; it was not committed, so the session still holds the state before it."""

@@ -64,6 +64,6 @@ class Geometry:
     def chunks(self, seconds: float, given: int = 0) -> int:
         """The fewest chunks that last `seconds`, when `given` latent frames (a first image) exist already."""
         if not seconds > 0 or not math.isfinite(seconds):
-            raise LongtakeError(f"{seconds} seconds: ask for a length above 0")
+            raise LongtakeError(f"{seconds} seconds: ask for a finite length above 0")
         missing = self.latent_frames(round(seconds * self.fps)) - given
         return max(1, math.ceil(missing / self.chunk_frames))

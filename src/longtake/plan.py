@@ -30,6 +30,7 @@ class HistoryShape:
     chunk_frames: int
     batch: int = 1  # takes in lockstep
     streams: int = 1  # guidance branches, each with its own K/V
+    frames: int | None = None  # latent frames of the whole take, if its end is known
     anchor_tokens: int = 0  # tokens of anchor blocks a host puts before the first frame (Lumos-1: the prompt)
 
     @property

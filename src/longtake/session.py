@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk, ChunkStats, Clock, SessionStats
-from .errors import LongtakeError, NonFiniteError
+from .errors import LongtakeError, NonFiniteError, PlanError
 from .geometry import Geometry
 from .history import History
 from .hosts.base import Decoder, Host, TextState
@@ -86,6 +86,8 @@ class Session:
         self.geometry: Geometry = self.host.geometry(height, width)
         self.chunks = chunks
         self.guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(self.guidance_scale):
+            raise LongtakeError(f"guidance_scale {self.guidance_scale}: give a finite number; 1 is no guidance")
         self.num_inference_steps = num_inference_steps
         self.schedule = (
             Schedule.shifted(config.timesteps, config.shift)
@@ -241,12 +243,11 @@ class Session:
     # --- within -----------------------------------------------------------------------------------------------------
 
     def _make_history(self, residency: str, memory_limit: int | None) -> History:
-        shape = history_shape(self.host, self.geometry, self.batch, len(self._streams))
+        # one frame more than the chunks, for a first image
+        frames = None if self.chunks is None else self.chunks * self.geometry.chunk_frames + 1
+        shape = replace(history_shape(self.host, self.geometry, self.batch, len(self._streams)), frames=frames)
         self.policy.check(shape)
         capacity, visible = self.policy.capacity(shape), self.policy.visible(shape)
-        if capacity is None and self.chunks is not None:  # full history of a take whose end is known
-            # one frame more than the chunks, for a first image
-            capacity = visible = self.chunks * shape.chunk_tokens + shape.tokens_per_frame
         if memory_limit is not None:
             if capacity is None or visible is None:
                 raise LongtakeError(
@@ -275,8 +276,10 @@ class Session:
         block = self.history.admit(self.frame, span, (base, step), grid=self.geometry.grid)
         try:
             self.history.apply(self.policy.plan(self.history.table(), self.history.signals(self.index)))
-        except BaseException:
+        except BaseException as error:
             self.history.abandon(block)
+            if isinstance(error, PlanError):
+                raise PlanError(f"policy {self.policy.name or type(self.policy).__name__}: {error}") from error
             raise
         return block
 
@@ -383,6 +386,10 @@ class Session:
             return "", embeds
         if prompt is None:
             raise LongtakeError(f"a session needs {name}= or {name}_embeds=")
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
+        ):
+            raise LongtakeError(f"{name}={prompt!r}: give a string, or a list of strings for takes in lockstep")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise LongtakeError(f"an empty list of prompts: give at least one {name}")

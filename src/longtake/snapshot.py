@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import stat
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -76,7 +77,12 @@ def save(session: Session, path: Any) -> None:
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(
+            temporary.stat().st_mode
+        )  # by the umask; safetensors would let only the owner read it
         save_file(_apart(tensors), temporary, {"longtake": json.dumps(description)})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise LongtakeError(f"the snapshot cannot be written to {path}: {error}") from error
@@ -84,18 +90,35 @@ def save(session: Session, path: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def describe(path: Any) -> dict[str, Any]:
+    """What a snapshot says of itself. Raises LongtakeError if it is none, or of another format."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
+    try:
+        description = dict(json.loads(metadata["longtake"]))
+    except (KeyError, TypeError, ValueError):
+        raise LongtakeError(
+            f"{path} is not a longtake snapshot, only a safetensors file: give one that `longtake generate --snapshot` "
+            "or Session.snapshot wrote"
+        ) from None
+    if description.get("format") != FORMAT:
+        raise LongtakeError(f"{path} has snapshot format {description.get('format')}; this version reads {FORMAT}")
+    return description
+
+
 def restore(
     cls: type[Session], path: Any, model: Host | Any, policy: KVPolicy | None, reuse: ReusePolicy | None
 ) -> Session:
     """See `Session.restore`."""
+    description = describe(path)
     try:
         with safe_open(path, "pt") as file:
-            description = json.loads((file.metadata() or {})["longtake"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
-    if description.get("format") != FORMAT:
-        raise LongtakeError(f"{path} has snapshot format {description.get('format')}; this version reads {FORMAT}")
     host = model if isinstance(model, Host) else load(model)
     if str(host.dtype) != description["dtype"]:
         raise LongtakeError(
@@ -112,8 +135,15 @@ def restore(
     name, options = description["reuse"]
     if reuse is None and name != "none":
         raise LongtakeError(f"the snapshot was made with reuse policy {name} {options}: pass it as reuse=")
+    made_with, fields_of = description["policy"]
+    if policy is None and made_with not in policies.available():
+        raise LongtakeError(
+            f"the snapshot was made with policy {made_with or 'of a file'} {fields_of}, which no name is known for: "
+            "pass it (policy=…, or --policy my_file.py:MyPolicy)"
+        )
+    policy = policy or policies.build(made_with, fields_of)
     session = cls(
-        host, policy or policies.build(*description["policy"]), reuse=reuse,
+        host, policy, reuse=reuse,
         prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
         height=description["height"], width=description["width"],
         generator=[torch.Generator(device) for device in description["generators"]],

@@ -32,6 +32,9 @@ class LastBlocks(KVPolicy):
         old, seen = table.blocks[: -self.blocks], table.blocks[-self.blocks :]
         return Plan(tuple(Entry(b.id) for b in seen), tuple(Drop(b.id) for b in old))
 
+    def capacity(self, shape: HistoryShape) -> None:
+        return None  # the trial makes its history itself
+
 
 @dataclass(frozen=True)
 class FuseTo(KVPolicy):
@@ -48,6 +51,9 @@ class FuseTo(KVPolicy):
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.stack([fuse_score(*pair) for pair in zip(q, k, strict=True)])
+
+    def capacity(self, shape: HistoryShape) -> None:
+        return None  # as above
 
 
 @dataclass

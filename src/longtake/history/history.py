@@ -261,7 +261,7 @@ class History:
             if fuse.keep is None and self.score is None:
                 raise RuntimeError("the plan has an open fusing, but the policy gave no score")
             for stream, store in self.stores.items():
-                sources = [store.held[(b, FULL)] for b in fuse.blocks]
+                sources = [store.find((b, FULL)) for b in fuse.blocks]
                 part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, self.score)
                 keep = fuse.keep[stream] if isinstance(fuse.keep, Mapping) else fuse.keep
                 if keep is not None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..rope import RotaryTable
-from .store import Rows, Store, span
+from .store import Rows, Store, span, stretches
 
 Score = Callable[[Tensor, Tensor], Tensor]
+MANY_PIECES = 16  # above this, one gather is cheaper than copying stretch by stretch
 
 
 class Part:
@@ -33,18 +34,24 @@ class Part:
 class Plain(Part):
     """Tokens every head sees, gathered and rotated to where the plan puts them."""
 
-    def __init__(self, store: Store, rotary: RotaryTable, rows: Tensor, shift: Tensor) -> None:
+    def __init__(self, store: Store, rotary: RotaryTable, rows: Tensor, shift: Tensor, pieces: int) -> None:
         self.store, self.rotary, self.n = store, rotary, len(rows)
         at = rows.to(store.base.device)
         position = store.base[at] + shift.to(store.base)[:, None] * store.step[at]
         self.phases = rotary.phases(position)
         self.rows = at
+        self.pieces = stretches(rows, pieces)
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        # one gather however the rows lie: the same operations at every turn of a window's ring of slots
-        torch.index_select(self.store.k[layer], 1, self.rows, out=k)
-        torch.index_select(self.store.v[layer], 1, self.rows, out=v)
-        self.rotary.rotate(k, self.phases, out=k)
+        if len(self.pieces) > MANY_PIECES:  # tokens were dropped one by one
+            torch.index_select(self.store.k[layer], 1, self.rows, out=k)
+            torch.index_select(self.store.v[layer], 1, self.rows, out=v)
+            self.rotary.rotate(k, self.phases, out=k)
+            return
+        for start, rows in self.pieces:  # half the memory passes of a gather
+            to = slice(start, start + rows.stop - rows.start)
+            self.rotary.rotate(self.store.k[layer][:, rows], self.phases[to], out=k[:, to])
+            v[:, to].copy_(self.store.v[layer][:, rows])
 
 
 class Fused(Part):

@@ -7,13 +7,12 @@ rotation and one rounding (re-rotating bf16 keys in place reaches 3 % error afte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-
-class HistoryFull(RuntimeError):
-    """A policy kept more tokens than its `capacity` promised: a defect of the policy."""
+from ..errors import PlanError
 
 
 @dataclass
@@ -60,7 +59,10 @@ class Store:
         """Rows for a new form of a block whose tokens stand at `base`, `step` [n, axes]; the lowest free ones."""
         free = (~self.used).nonzero()[: len(base), 0].clone()  # a slice would keep the numbers of all free rows alive
         if len(free) < len(base):
-            raise HistoryFull(f"{len(base)} rows are needed, {len(free)} of {self.size} are free")
+            raise PlanError(
+                f"{len(base)} tokens enter, {len(free)} of {self.size} rows are free: drop more in plan(), or let "
+                "capacity() count all that is held, the chunk in flight included"
+            )
         self.used[free] = True
         at = span(free)
         self.base[at] = base.to(self.base)
@@ -68,9 +70,16 @@ class Store:
         self.held[key] = Rows(free, torch.arange(len(free)))
         return self.held[key]
 
+    def find(self, key: tuple[int, str]) -> Rows:
+        """The rows of a form that a plan names. Raises PlanError if it is not held."""
+        if key not in self.held:
+            listed = ", ".join(f"{block} ({form})" for block, form in self.held) or "nothing"
+            raise PlanError(f"the plan names block {key[0]} ({key[1]}), the history holds {listed}")
+        return self.held[key]
+
     def drop(self, key: tuple[int, str], tokens: Tensor | None = None) -> None:
         """Give back the rows of a form, or those of some of its tokens."""
-        rows = self.held[key]
+        rows = self.find(key)
         gone = torch.ones(len(rows.rows), dtype=torch.bool) if tokens is None else torch.isin(rows.tokens, tokens)
         self.used[rows.rows[gone]] = False
         if bool(gone.all()):
@@ -101,3 +110,15 @@ def span(rows: Tensor) -> slice | Tensor:
     if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((rows.diff() == 1).all()):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
+
+
+def stretches(rows: Tensor, at_least: int = 1) -> list[tuple[int, slice]]:
+    """Consecutive stretches of `rows` as (offset in `rows`, slice of the store), the longest split until there are
+    `at_least` of them."""
+    if not len(rows):
+        return []
+    cuts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
+    while len(cuts) <= min(at_least, len(rows)):
+        longest = max(range(len(cuts) - 1), key=lambda i: cuts[i + 1] - cuts[i])
+        cuts.insert(longest + 1, (cuts[longest] + cuts[longest + 1]) // 2)
+    return [(a, slice(int(rows[a]), int(rows[a]) + b - a)) for a, b in pairwise(cuts)]

@@ -12,7 +12,7 @@ from ..attention import attend
 from ..errors import LongtakeError
 from ..plan import FULL, Choose, Entry, HistoryShape, Plan, as_tensor
 from ..rope import RotaryTable
-from .parts import Chosen, Fused, Fusing, Part, Plain, Score
+from .parts import MANY_PIECES, Chosen, Fused, Fusing, Part, Plain, Score
 from .store import Rows, Store, span
 
 Positions = tuple[Tensor, Tensor]  # base, step [n, axes]
@@ -111,6 +111,9 @@ class View:
         self.score, self.key_sums = score, key_sums
         self.scores: dict[int, Tensor] = {}  # layer → what the policy's score returned at its moment
         self.layer_count = buffers.shape.layers
+        # A window's rows lie in fewer or more stretches as its ring of slots turns. Copying always as many pieces as
+        # were ever needed makes every chunk cost the same operations.
+        self._pieces = 1
         self.close()
 
     @property
@@ -137,7 +140,9 @@ class View:
         def flush() -> None:
             if pending:
                 rows, shift = (torch.cat(column) for column in zip(*pending, strict=True))
-                self.parts.append(Plain(self.store, self.rotary, rows, shift))
+                part = Plain(self.store, self.rotary, rows, shift, self._pieces)
+                self._pieces = min(MANY_PIECES, max(self._pieces, len(part.pieces)))
+                self.parts.append(part)
                 pending.clear()
 
         start = 0
@@ -146,7 +151,7 @@ class View:
             named: tuple[int, ...] = ()
             weight = 0.0
             if isinstance(entry, Entry):
-                held, weight, named = self.store.held[(entry.block, entry.form)], entry.log_weight, (entry.block,)
+                held, weight, named = self.store.find((entry.block, entry.form)), entry.log_weight, (entry.block,)
                 if held.head_base is not None:
                     part = Fused(self.store, self.rotary, held, entry.shift)
                 else:
@@ -156,7 +161,7 @@ class View:
                     pending.append((rows, torch.full((len(rows),), float(entry.shift), dtype=torch.float64)))
                     n = len(rows)
             elif isinstance(entry, Choose):
-                candidates = [self.store.held[(b, entry.form)] for b in entry.candidates]
+                candidates = [self.store.find((b, entry.form)) for b in entry.candidates]
                 starts, score = [frames[b] for b in entry.candidates], self._score()
                 part = Chosen(self.store, self.rotary, candidates, starts, entry.k, entry.starts, score)
             else:

@@ -62,13 +62,19 @@ def load(
             raise LongtakeError(
                 f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id"
             )
-        config = _config(name, None, causal)
+        if causal is None and name not in KNOWN_CAUSAL:
+            raise LongtakeError(
+                f"there is no folder {name}, and as a Hub id it is not known to be causal, so nothing was fetched: "
+                f"check the path, use {' or '.join(KNOWN_CAUSAL)}, or say causal=True (--causal) to fetch it"
+            )
         folder = _download(name)
     config = _config(name, folder, causal)
     return _from_folder(folder, config, name, device, dtype, text_encoder)
 
 
 def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostConfig:
+    """How the weights are run: what stands beside them, or what the user says; `folder` is None for a pipeline of no
+    folder."""
     if folder is not None and (folder / CONFIG_NAME).exists():
         config = HostConfig.read(folder)
         if config.causal:

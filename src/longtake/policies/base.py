@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -12,7 +13,7 @@ from ..plan import FULL, BlockTable, Entry, HistoryShape, Plan, Signals
 
 
 @dataclass(frozen=True)
-class KVPolicy:
+class KVPolicy(ABC):
     """Decides what of the past is kept and seen.
 
     A policy is a frozen dataclass: its fields are the method's configuration. It sees metadata and the scores it asked
@@ -24,9 +25,9 @@ class KVPolicy:
     moment: ClassVar[str | None] = None  # when `score` is called: "commit", "first_step", "last_forward" or never
     requires: ClassVar[frozenset[str]] = frozenset()  # what else is to be collected: "key_sums"
 
+    @abstractmethod
     def plan(self, table: BlockTable, signals: Signals) -> Plan:
         """What the chunks in flight see, and what is forgotten."""
-        raise NotImplementedError
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         """The method's formula, for one layer: rotated queries [B, Nq, Hq, D] against rotated keys [B, Nk, Hk, D].
@@ -37,9 +38,9 @@ class KVPolicy:
         """
         raise NotImplementedError
 
+    @abstractmethod
     def capacity(self, shape: HistoryShape) -> int | None:
         """Most tokens held at once, chunks in flight included, anchors of the host apart; None: it grows."""
-        raise NotImplementedError
 
     def visible(self, shape: HistoryShape) -> int | None:
         """Most tokens attended at once, the chunks in flight included; the capacity unless more is kept than shown."""
@@ -51,7 +52,7 @@ class KVPolicy:
         Raises LongtakeError when even the smallest configuration does not fit."""
         raise LongtakeError(f"{self.name or type(self).__name__} cannot be fitted to a byte budget")
 
-    def check(self, shape: HistoryShape) -> None:
+    def check(self, shape: HistoryShape) -> None:  # noqa: B027 (most configurations always work)
         """Raise LongtakeError, with advice, if this configuration cannot work for such a take."""
 
     def covers(self, table: BlockTable) -> bool:

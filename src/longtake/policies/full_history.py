@@ -20,4 +20,4 @@ class FullHistory(KVPolicy):
         return Plan(tuple(Entry(block.id) for block in table.blocks))
 
     def capacity(self, shape: HistoryShape) -> int | None:
-        return None
+        return None if shape.frames is None else shape.frames * shape.tokens_per_frame

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def _options(text: str) -> dict[str, str]:
 
 
 def _instance(cls: type[KVPolicy], options: dict[str, Any]) -> KVPolicy:
+    if abstract := ", ".join(sorted(cls.__abstractmethods__)):
+        raise LongtakeError(f"policy {cls.name or cls.__name__} does not define {abstract}: every policy needs that")
     types_of = typing.get_type_hints(cls)
     accepted = {f.name: types_of[f.name] for f in fields(cls) if f.init} if is_dataclass(cls) else {}
     values = {}
@@ -105,7 +108,10 @@ def _from_file(path: Path, name: str) -> type[KVPolicy]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        raise LongtakeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = path if line is None else f"{path}, line {line}"
+        raise LongtakeError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
     found = {
         k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, KVPolicy) and v is not KVPolicy
     }

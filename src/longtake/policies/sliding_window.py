@@ -62,7 +62,8 @@ class SlidingWindow(KVPolicy):
         return [(first, last) for first, last in runs if first < last]
 
     def capacity(self, shape: HistoryShape) -> int:
-        return self.frames * shape.tokens_per_frame
+        frames = self.frames if shape.frames is None else min(self.frames, shape.frames)
+        return frames * shape.tokens_per_frame
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         frames = budget // shape.frame_bytes

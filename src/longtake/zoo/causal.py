@@ -138,6 +138,7 @@ class _Cached:
         self.commit = False
 
     def __call__(self, attn: WanAttention, hidden: torch.Tensor, *_: object) -> torch.Tensor:
+        assert self.rotary is not None
         q, k, v = _project(attn, hidden, 1, self.rotary)
         if self.commit:
             self.past.append((k, v))

@@ -71,14 +71,14 @@ class Stage:
         self.steps += 1
         decay = min(0.995, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.average, list[torch.Tensor](self.parameters), 1 - decay)
         for key, value in {"loss": float(loss.detach()), "norm": float(norm), **numbers}.items():
             self.sums.setdefault(key, []).append(value)
 
     def finish(self) -> None:
         """Put the running average of the weights into the modules."""
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+            torch._foreach_copy_(list[torch.Tensor](self.parameters), self.average)
 
     def save(self) -> None:
         """Write the checkpoint; a cut-off write leaves the old one intact."""

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from longtake.zoo import causal, tiny_text
@@ -112,11 +111,12 @@ def _spread(per_chunk: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    transformer: nn.Module, text: torch.Tensor, chunks: int, seed: int, steps: list[float] | None = None, **memory: int
-) -> torch.Tensor:
-    """Normalised latents [B, Z, 3 chunks, 8, 8] of a rollout under text [B, T, d]; `memory`: window and sink frames."""
+    transformer: WanTransformer3DModel, text: torch.Tensor, chunks: int, seed: int, steps: list[float] | None = None,
+    window: int = 21, sink: int = 3,
+) -> torch.Tensor:  # fmt: skip
+    """Normalised latents [B, Z, 3 chunks, 8, 8] of a rollout under text [B, T, d]; window and sink in latent frames."""
     generator = torch.Generator().manual_seed(seed)
-    rollout = causal.Rollout(transformer, steps or warp(), **memory)
+    rollout = causal.Rollout(transformer, steps or warp(), window, sink)
     shape = (len(text), transformer.config.in_channels, CHUNK, 8, 8)
     parts = [rollout.next(torch.randn(shape, generator=generator), text, generator) for _ in range(chunks)]
     causal.release(transformer)

@@ -101,11 +101,11 @@ class Scene:
         t = np.arange(start, start + frames, dtype=np.float64)
         _, top, bottom = BACKGROUNDS[self.background]
         ramp = np.linspace(0.0, 1.0, SIZE, dtype=np.float32)[:, None]
-        column = np.float32(top) * (1.0 - ramp) + np.float32(bottom) * ramp  # [SIZE, 3]
+        column = np.array(top, np.float32) * (1.0 - ramp) + np.array(bottom, np.float32) * ramp  # [SIZE, 3]
         image = np.broadcast_to(column[None, :, None, :], (frames, SIZE, SIZE, 3)).copy()
         for actor in self.actors:
             alpha = actor.coverage(*actor.position(self.motion, t))[..., None]
-            image += alpha * (np.float32(COLOURS[actor.colour]) - image)
+            image += alpha * (np.array(COLOURS[actor.colour], np.float32) - image)
         return np.rint(image).astype(np.uint8)
 
 
