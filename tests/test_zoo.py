@@ -155,30 +155,32 @@ def test_stock_diffusers_runs_the_folder(pipe: WanPipeline):
 
 
 def test_the_autoencoder_keeps_unseen_videos(pipe: WanPipeline):
-    for seed in range(4):
-        video, caption = world.sample(FRESH + seed, 49)
+    whole, end = [], []
+    for seed in range(8):
+        video, _ = world.sample(FRESH + seed, 65)
         again = tiny_vae.decode(pipe.vae, tiny_vae.encode(pipe.vae, video[None]))[0]
-        assert tiny_vae.psnr(again, video) > PSNR, caption
-        assert tiny_vae.psnr(again[-8:], video[-8:]) > PSNR - 1, caption  # long clips do not wear out
+        whole.append(tiny_vae.psnr(again, video))
+        end.append(tiny_vae.psnr(again[-16:], video[-16:]))
+    assert np.mean(whole) > 23.5 and min(whole) > 19.0, whole
+    assert np.mean(end) > np.mean(whole) - 1.0, "long clips wear out"
 
 
-PSNR = 24.0
-
-
-def test_a_rollout_shows_moving_shapes_of_the_captioned_colours(pipe: WanPipeline):
-    prompts = {
-        "red": "a red ball bouncing on a dark background",
-        "green": "a green square moving on a light background",
-        "yellow": "a yellow triangle moving at night",
-    }
-    videos = roll(pipe, list(prompts.values()), chunks=8, seed=1)
-    for colour, video in zip(prompts, videos, strict=True):
-        counts = [areas(frame) for frame in video[::6]]
-        own = np.mean([count[colour] for count in counts])
-        others = np.mean([sum(count.values()) - count[colour] for count in counts])
-        assert own > 80 and own > 4 * others, (colour, own, others)
-        path = np.array([centre(frame, colour) for frame in video[::6]])
-        assert np.nanstd(path, axis=0).max() > 4.0, colour
+def test_rollouts_show_moving_shapes_of_the_captioned_colours(pipe: WanPipeline):
+    asked = [
+        (colour, f"a {colour} {shape} moving {world.BACKGROUNDS[background][0]}")
+        for colour, background in (("red", "dark"), ("green", "light"), ("blue", "dark"), ("white", "dark"))
+        for shape in ("ball", "square", "triangle")
+    ]
+    videos = roll(pipe, [prompt for _, prompt in asked], chunks=8, seed=1)
+    right, spread = [], []
+    for (colour, _), video in zip(asked, videos, strict=True):
+        late = video[9::6]  # the first chunk fades in
+        counts = [areas(frame) for frame in late]
+        right.append(np.mean([count[colour] > 40 and max(count, key=count.get) == colour for count in counts]))
+        spread.append(np.nanstd([centre(frame, colour) for frame in late], axis=0).max())
+    # Chance is 1 in 6, and an untrained model paints no shape at all.
+    assert np.mean(right) > 0.6, dict(zip(asked, right, strict=True))
+    assert np.median(spread) > 4.0, spread
 
 
 def test_the_prompt_decides_the_colour_not_the_seed(pipe: WanPipeline):
@@ -186,3 +188,23 @@ def test_the_prompt_decides_the_colour_not_the_seed(pipe: WanPipeline):
     for colour, video in zip(("red", "blue"), videos, strict=True):
         count = areas(video[-1])
         assert max(count, key=count.get) == colour
+
+
+def test_a_new_prompt_is_obeyed_in_the_middle_of_a_take(pipe: WanPipeline):
+    with torch.no_grad():
+        text = tiny_text.embed(
+            pipe.tokenizer,
+            pipe.text_encoder,
+            ["a green square moving on a light background", "a red square moving on a light background"],
+        )
+    noise = torch.Generator().manual_seed(4)
+    rollout = causal.Rollout(pipe.transformer, tiny_transformer.warp())
+    shape = (1, pipe.vae.config.z_dim, 3, 8, 8)
+    parts = [rollout.next(torch.randn(shape, generator=noise), text[i > 4][None], noise) for i in range(10)]
+    causal.release(pipe.transformer)
+    video = tiny_vae.decode(pipe.vae, torch.cat(parts, 2))[0]
+    before, after = (
+        np.sum([list(areas(f).values()) for f in part[::4]], axis=0) for part in (video[9:57], video[-36:])
+    )
+    assert list(world.COLOURS)[before.argmax()] == "green"
+    assert list(world.COLOURS)[after.argmax()] == "red"

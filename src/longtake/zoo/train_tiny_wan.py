@@ -24,7 +24,7 @@ from longtake.zoo.clips import CHUNK
 
 PROMPTS = (
     "a red ball bouncing on a dark background",
-    "a green square and a yellow triangle moving over a blue background",
+    "a green square moving on a light background",
     "a white ring moving at night",
 )
 ABOUT = (
