@@ -11,8 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longtake
-from longtake import PlanError  # noqa: I001
-from longtake import FullHistory, LongtakeError, NonFiniteError, Session, SlidingWindow, generate, policies
+from longtake import (
+    FullHistory,
+    LongtakeError,
+    NonFiniteError,
+    PlanError,
+    Session,
+    SlidingWindow,
+    generate,
+    policies,
+)
 from longtake.policies import KVPolicy
 from longtake.session import history_shape
 
