@@ -124,7 +124,7 @@ def _own_name(cls: type[KVPolicy]) -> str:
     return vars(cls).get("name", "")
 
 
-def _subclasses(cls: type) -> Iterator[type[KVPolicy]]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)
