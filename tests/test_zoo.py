@@ -200,11 +200,11 @@ def test_a_new_prompt_is_obeyed_in_the_middle_of_a_take(pipe: WanPipeline):
     noise = torch.Generator().manual_seed(4)
     rollout = causal.Rollout(pipe.transformer, tiny_transformer.warp())
     shape = (1, pipe.vae.config.z_dim, 3, 8, 8)
-    parts = [rollout.next(torch.randn(shape, generator=noise), text[i > 4][None], noise) for i in range(10)]
+    parts = [rollout.next(torch.randn(shape, generator=noise), text[int(i > 4)][None], noise) for i in range(10)]
     causal.release(pipe.transformer)
     video = tiny_vae.decode(pipe.vae, torch.cat(parts, 2))[0]
     before, after = (
-        np.sum([list(areas(f).values()) for f in part[::4]], axis=0) for part in (video[9:57], video[-36:])
+        sum(np.array([*areas(frame).values()]) for frame in part) for part in (video[9:57:4], video[-36::4])
     )
     assert list(world.COLOURS)[before.argmax()] == "green"
     assert list(world.COLOURS)[after.argmax()] == "red"

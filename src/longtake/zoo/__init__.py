@@ -1,0 +1,1 @@
+"""Embedded tiny models: the procedural world they learn, their training, and the shipped weights."""
