@@ -252,6 +252,24 @@ def test_the_command_needs_no_arguments_and_prints_where_things_are(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_policy_given_twice_is_compared_once_and_said_to_be(host, tmp_path, monkeypatch):
+    monkeypatch.setattr("longtake.hosts.loading.load", lambda *_, **__: host)
+    twice = ["--policy", "window:frames=6,sink=2", "--policy", "full", "--policy", "window:sink=2,frames=6"]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", str(out), "--seconds", "0.5", "--prompt", "red", *twice, "--json"])
+    assert result.exit_code == 0, result.output
+    assert [p["label"] for p in json.loads(result.stdout)["policies"]] == ["window 6, sink 2", "full history"]
+    assert "note: --policy window:sink=2,frames=6 is given twice" in result.stderr
+
+
+def test_policies_that_could_not_be_told_apart_are_refused(host, tmp_path):
+    def another() -> SlidingWindow:
+        return type("Mine", (SlidingWindow,), {"name": ""})(6, 2)
+
+    with pytest.raises(longtake.LongtakeError, match="both called window 6, sink 2"):
+        make_demo(tmp_path / "out", host, prompts=["red"], policies=[another(), another()], seconds=0.5)
+
+
 def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
@@ -262,6 +280,8 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch):
         (["no/where"], "there is no folder no"),
         (["--policy", "best"], "no policy 'best'"),
         (["--seconds", "0"], "0 seconds"),
+        (["--seconds", "inf"], "finite length above 0"),
+        (["--dtype", "float64"], "float32, bfloat16, float16"),
         (["--model", "nowhere"], "no model 'nowhere'"),
     ):
         result = CliRunner().invoke(app, ["demo", *arguments])

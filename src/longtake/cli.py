@@ -14,10 +14,11 @@ from .commands.generate import generate
 from .commands.listing import models, policies
 from .commands.shell import guarded
 from .commands.train import train
+from .commands.usage import Commands
 from .evaluate import bench_cli
 
 app = typer.Typer(
-    name="longtake", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    name="longtake", cls=Commands, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
@@ -40,7 +41,7 @@ def longtake(
 for command in (generate, demo, convert, models, policies):
     app.command()(guarded(command))
 
-bench = typer.Typer(no_args_is_help=True, help=bench_cli.HELP)
+bench = typer.Typer(cls=Commands, help=bench_cli.HELP)
 bench.command("take")(guarded(bench_cli.take))
 bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
@@ -48,5 +49,6 @@ app.add_typer(train, name="train")
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 the model failed, 2 wrong input or full disk, 130 stopped by Ctrl-C."""
+    """Entry point. Exit codes: 0 done, 1 the model failed, 2 wrong input or full disk, 130 stopped by Ctrl-C, 143 by
+    SIGTERM, 129 by SIGHUP."""
     app()

@@ -15,7 +15,8 @@ import secrets
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ def make_demo(
     if not prompts:
         raise LongtakeError(f"{host.name} names no example prompts: give at least one (--prompt)")
     entries, left_out = line_up(host) if not policies else ([(label_of(p), p) for p in dict.fromkeys(policies)], [])
+    if len({label for label, _ in entries}) < len(entries):  # takes are told apart by their label
+        raise LongtakeError(f"two policies are both called {_twice(label for label, _ in entries)}: rename one")
     started, others = time.perf_counter(), cpu_times()
     with _folder(out) as folder:
         geometry = host.geometry()
@@ -233,6 +236,10 @@ def _model(host: Host, geometry: Geometry) -> dict[str, Any]:
         "fps": geometry.fps, "chunk_frames": geometry.chunk_frames, "steps": len(config.timesteps),
         "training_seconds": geometry.pixel_frames(config.training_frames) / geometry.fps,
     }  # fmt: skip
+
+
+def _twice(labels: Iterable[str]) -> str:
+    return next(label for label, count in Counter(labels).items() if count > 1)
 
 
 def _slug(label: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import LongtakeError
 from . import options
 from .shell import answer, bytes_text, hush
 
@@ -18,6 +19,9 @@ def convert(
     as_json: options.AsJson = False,
 ) -> None:
     """Turn a published few-step causal Wan checkpoint into a folder that `--model` and diffusers load."""
+    if not source.exists():  # before anything is said about its name
+        raise LongtakeError(f"{source} does not exist; give a .pt, .pth or .safetensors file, or a folder of shards")
+
     from ..hosts.convert import convert as make
 
     hush()

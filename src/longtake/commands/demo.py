@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import LongtakeError
 from . import options, shell
 from .progress import DemoProgress
+
+if TYPE_CHECKING:
+    from ..policies import KVPolicy
 
 
 def demo(
@@ -27,8 +28,9 @@ def demo(
 
     OUT_DIR gets index.html, an MP4 for each take, contact_sheet.png and demo.json, in about two minutes on two cores.
     """
-    if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
-        raise LongtakeError(f"{seconds:g} seconds: ask for a length above 0")
+    if seconds is not None:
+        shell.check_seconds(seconds)
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
 
     from ..demo import check_out, make_demo
     from ..hosts.loading import load
@@ -36,7 +38,12 @@ def demo(
 
     check_out(out)
     shell.check_threads(threads)
-    policies = [parse(spec) for spec in policy or ()]
+    policies: list[KVPolicy] = []
+    for spec in policy or ():
+        if (parsed := parse(spec)) in policies:
+            shell.say(f"note: --policy {spec} is given twice, and compared once")
+        else:
+            policies.append(parsed)
     shell.check_device(device)
     shell.hush()
     host = load(model or options.DEFAULT_MODEL, device=device, dtype=dtype)

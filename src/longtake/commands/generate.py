@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import options, shell
 from .take import report_text, roll, say_prompt
 
 if TYPE_CHECKING:
+    from ..geometry import Geometry
     from ..hosts.base import Host
     from ..policies import KVPolicy
     from ..reuse import ReusePolicy
@@ -51,13 +51,17 @@ def generate(
 ) -> None:
     """Generate one take and write it to an MP4 file.
 
-    Ctrl-C ends the take after the chunk in flight, twice at once; either way the file holds what was made and plays.
+    Ctrl-C, SIGTERM and SIGHUP end the take after the chunk in flight, a second Ctrl-C at once; either way the file
+    holds what was made and plays. SIGKILL cannot be handled: it leaves a hidden .longtake-….part that does not play.
     """
     if output.suffix.lower() != ".mp4":
         raise LongtakeError(f"output {output}: an MP4 is written, so let the name end in .mp4")
     for path, what in ((output, "output"), (latents, "latents"), (snapshot, "snapshot")):
         if path is not None:
             shell.check_file(path, what)
+    # a snapshot may take the place of the one gone on from: it is written beside it, and has read all of it before
+    shell.check_distinct({"-o": output, "--latents": latents, "--snapshot": snapshot}, {"--image": image})
+    shell.check_distinct({"-o": output, "--latents": latents}, {"--resume": resume})
     fixed = {
         "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
         "guidance": guidance, "negative": negative, "memory": memory, "residency": residency,
@@ -73,16 +77,23 @@ def generate(
     if chunks is not None and chunks < 1:
         raise LongtakeError(f"{chunks} chunks: ask for at least 1")
     seconds = options.DEFAULT_SECONDS if seconds is None else seconds
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise LongtakeError(f"{seconds:g} seconds: ask for a length above 0")
+    shell.check_seconds(seconds)
+    if guidance is not None and not math.isfinite(guidance):
+        raise LongtakeError(f"--guidance {guidance}: give a finite number; 1 is no guidance")
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
     height, width = shell.parse_size(size)
     switches = [parse_switch(text) for text in prompt_switch or ()]
     budget = None if memory is None else shell.parse_bytes(memory)
     shell.check_threads(threads)
 
+    from ..hosts.convert import FAMILIES
+    from ..hosts.wan import TEXT_ENCODER_FATES
     from ..policies import parse
-    from ..session import Session
+    from ..session import Session, default_policy
+    from ..snapshot import describe
 
+    shell.check_choice(family, "--family", FAMILIES)
+    shell.check_choice(text_encoder, "--text-encoder", TEXT_ENCODER_FATES)
     kv_policy = None if policy is None else parse(policy)
     reuse_policy = parse_reuse(reuse)
     shell.check_device(device)
@@ -90,12 +101,15 @@ def generate(
         from ..video import read_image
 
         read_image(image)  # before the model is loaded, which may take minutes
-    told = {} if resume is None else described(resume)
+    told = {} if resume is None else describe(resume)
     started = time.perf_counter()
     shell.hush()
-    host = load_host(
-        model or told.get("host") or options.DEFAULT_MODEL, device, dtype, family or causal or None, text_encoder
-    )
+    source = model or told.get("host") or options.DEFAULT_MODEL
+    shell.say(f"loading {source}")
+    host = load_host(source, device, dtype, family or causal or None, text_encoder)
+    prompts = [text for text in (prompt, negative, *(text for _, text in switches)) if text is not None]
+    check_host(host, bool(prompts), negative, guidance)
+    say_cut(host, prompts)
     load_seconds = time.perf_counter() - started
     with shell.cpu_threads(threads, host) as used:
         later = [text for _, text in switches] + ([prompt] if prompt is not None and resume is not None else [])
@@ -106,11 +120,16 @@ def generate(
             if prompt is not None:
                 say_prompt(take, prompt, embeds)
         else:
+            asked = kv_policy
+            kv_policy = kv_policy or default_policy(host)
             if budget is not None:
                 kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
+                if asked is not None and kv_policy != asked:
+                    shell.say(f"note: --memory {memory} makes --policy {spec(asked)} {spec(kv_policy)}")
             geometry = host.geometry(height, width)
             if chunks is None:
                 chunks = geometry.chunks(seconds, given=0 if image is None else 1)
+            say_plan(chunks, geometry, kv_policy)  # before the session, which takes its memory at once
             take = Session(
                 host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
                 image=None if image is None else first_frame(image, geometry.height, geometry.width),
@@ -125,15 +144,18 @@ def generate(
                 f"{chunks} chunks more: this snapshot's take was begun with {take.chunks} in all and ends in "
                 f"{take.chunks - take.index}; ask for that many, or begin it without chunks="
             )
+        if resume is not None:
+            say_plan(chunks, take.geometry, take.policy)
         total = take.geometry.pixel_frames(take.frame + chunks * take.geometry.chunk_frames) - before
         check_switches(switches, total - take.geometry.chunk_frames * take.geometry.stride[0], take.geometry.fps)
 
-        made = roll(take, chunks, switches, embeds, output, latents)
-        if snapshot is not None and made.whole:
-            take.snapshot(snapshot)
+        with shell.StopAsked() as stop:  # around the snapshot too: it belongs to the end that was asked for
+            made = roll(take, chunks, switches, embeds, output, latents, stop)
+            if snapshot is not None and made.whole:
+                take.snapshot(snapshot)
     report = {
         "output": str(output) if made.frames else None, "status": made.status, "model": host.name,
-        "policy": spec(take.policy), "reuse": take.reuse.name,
+        "policy": spec(take.policy), "fitted_to_bytes": budget, "reuse": take.reuse.name,
         "prompt": made.prompt or take.prompt or prompt, "seed": None if resume else seed or 0,
         "width": take.geometry.width, "height": take.geometry.height, "fps": take.geometry.fps,
         "device": str(host.device), "threads": used, "dtype": str(host.dtype).removeprefix("torch."),
@@ -145,7 +167,7 @@ def generate(
     if made.status == "interrupted":
         if snapshot is not None and not made.whole:
             shell.say("no snapshot was written: the second Ctrl-C cut into a chunk")
-        raise typer.Exit(shell.INTERRUPTED)
+        raise typer.Exit(stop.exit_code)
     if made.error is not None:
         shell.fail(str(made.error), shell.FAILED)
 
@@ -157,15 +179,45 @@ def load_host(model: str, device: str | None, dtype: str | None, causal: bool | 
     return load(model, device=device, dtype=dtype, causal=causal, text_encoder=text_encoder)
 
 
+def check_host(host: Host, reads: bool, negative: str | None, guidance: float | None) -> None:
+    """Raise LongtakeError if the model lacks what the take needs; `reads`: there are prompts."""
+    for part, purpose in (("vae", "make frames of latents"), *([("text_encoder", "read a prompt")] if reads else ())):
+        if getattr(host, part, host) is None:  # hosts of other kinds have parts of other names
+            raise LongtakeError(f"{host.name} has no {part}/ to {purpose}: give --model a complete folder")
+    scale = host.config.guidance_scale if guidance is None else guidance
+    if negative is not None and scale == 1:
+        raise LongtakeError("--negative needs guidance, whose scale is 1 here, which is none: add e.g. --guidance 3")
+
+
+def say_cut(host: Host, prompts: list[str]) -> None:
+    """A line for every prompt of which the model sees the beginning only."""
+    most = host.config.text_tokens
+    tokenizer: Any = getattr(host, "tokenizer", None)
+    for text in prompts if tokenizer is not None else ():
+        count = len(tokenizer(" ".join(text.split())).input_ids)
+        if count > most:
+            start = text if len(text) < 40 else f"{text[:37]}..."
+            shell.say(f"warning: prompt {start!r} has {count} tokens; {host.name} sees the first {most}")
+
+
+def say_plan(chunks: int, geometry: Geometry, policy: KVPolicy) -> None:
+    """What is about to be made: the first chunk may take long."""
+    tokens = geometry.chunk_frames * geometry.tokens_per_frame
+    shell.say(
+        f"making {chunks} chunk{'s' if chunks > 1 else ''} of {tokens} tokens, {geometry.width}x{geometry.height} "
+        f"pixels, under {spec(policy)}"
+    )
+
+
 def fitted(
-    policy: KVPolicy | None, budget: int, host: Host, height: int | None, width: int | None, guidance: float | None
+    policy: KVPolicy, budget: int, host: Host, height: int | None, width: int | None, guidance: float | None
 ) -> KVPolicy:
-    """The policy (default: the model's) with its own parameters chosen for `budget` bytes of history."""
-    from ..session import default_policy, history_shape
+    """The policy with its own parameters chosen for `budget` bytes of history."""
+    from ..session import history_shape
 
     scale = host.config.guidance_scale if guidance is None else guidance
     shape = history_shape(host, host.geometry(height, width), streams=1 if scale == 1 else 2)
-    return (policy or default_policy(host)).fit(budget, shape)
+    return policy.fit(budget, shape)
 
 
 def first_frame(path: Path, height: int, width: int) -> Any:
@@ -175,17 +227,6 @@ def first_frame(path: Path, height: int, width: int) -> Any:
     from ..video import read_image
 
     return torch.from_numpy(read_image(path, (height, width))).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def described(path: Path) -> dict[str, Any]:
-    """What a snapshot says of itself. Raises LongtakeError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(json.loads((file.metadata() or {})["longtake"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise LongtakeError(f"{path} is not a readable snapshot: {error}") from error
 
 
 def restored(path: Path, host: Host, policy: KVPolicy | None) -> Session:

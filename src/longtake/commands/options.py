@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 DEFAULT_MODEL = "tiny-wan"
 DEFAULT_SECONDS = 5.0
+DTYPES = ("float32", "bfloat16", "float16")
 
 Output = Annotated[Path, Option("--output", "-o", help="The MP4 to write; it appears when it is complete.")]
 Prompt = Annotated[str | None, Argument(help="What to see; with --resume, what to see from now on.")]
@@ -50,7 +51,8 @@ Memory = Annotated[
     str | None,
     Option(
         metavar="BYTES",
-        help="Fit the policy to a budget for the history, e.g. 500MB; the view comes on top (see --residency).",
+        help="Fit the policy to a budget for the history, e.g. 500MB, whatever --policy says of the size it chooses; "
+        "the view comes on top (see --residency).",
     ),
 ]
 Residency = Annotated[
@@ -65,7 +67,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+    Option(help=f"{DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}.", show_default="bfloat16 on a GPU, float32 on a CPU"),
 ]
 TextEncoder = Annotated[
     str,
@@ -89,7 +91,10 @@ CausalFamily = Annotated[
 Latents = Annotated[
     Path | None, Option(help="Also write the latents, fp32, frame by frame, to this .safetensors file.")
 ]
-Snapshot = Annotated[Path | None, Option(help="Write the state at the end, or at Ctrl-C, here, for --resume.")]
+Snapshot = Annotated[
+    Path | None,
+    Option(help="Write the state at the end, or at Ctrl-C, here, for --resume; it may be the same file as --resume."),
+]
 Resume = Annotated[Path | None, Option(help="Go on from a snapshot; the MP4 holds the continuation only.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 

@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, one line for an error, Ctrl-C, texts into numbers and numbers into texts."""
+"""What every command shares: exit codes, one line for an error, signals, texts into numbers and numbers into texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -61,13 +61,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int) -> None:
     """Say why on one line of stderr, and end with `code`."""
-    say(f"error: {' '.join(message.split())}")
+    say_error(message)
     raise typer.Exit(code)
+
+
+def say_error(message: str) -> None:
+    """What is wrong, on one line of stderr."""
+    say(f"error: {' '.join(message.split())}")
 
 
 def say(line: str) -> None:
     """A line on stderr: stdout is for the answer."""
-    typer.echo(line, err=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed, a log reader that ended: no reason to lose a take
+        typer.echo(line, err=True)
 
 
 def answer(data: dict[str, Any], text: str, as_json: bool) -> None:
@@ -86,30 +92,62 @@ def hush() -> None:
 
 
 class StopAsked:
-    """Within `with`, the first Ctrl-C sets `asked`, and the second raises KeyboardInterrupt as usual.
+    """Within `with`, the first Ctrl-C, SIGTERM or SIGHUP is kept in `signal`; a Ctrl-C after it raises
+    KeyboardInterrupt as usual.
 
-    So a take can end at a chunk border, where its video and its snapshot agree. Off the main thread, where Python
-    allows no signal handlers, nothing changes.
+    So a take can end at a chunk border, where its video and its snapshot agree. SIGTERM and SIGHUP never cut into a
+    chunk, because service managers send the two together; SIGKILL, which no program can handle, does. Off the main
+    thread, where Python allows no signal handlers, nothing changes.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 128 and the signal."""
+        return 128 + (self.signal or signal.SIGINT)
 
     def __enter__(self) -> StopAsked:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                # one that our parent had us ignore stays ignored: nohup works so
+                if number is not None and (name == "SIGINT" or signal.getsignal(number) is not signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            if before is not None:  # set by C code, which cannot be put back from here
+                signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("stopping after this chunk (Ctrl-C again: at once)")
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal = number
+        with contextlib.suppress(RuntimeError):  # the signal fell into a write to stderr, which cannot be entered twice
+            say("stopping after this chunk (Ctrl-C again: at once)")
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise LongtakeError for a length that no take can have."""
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise LongtakeError(f"{seconds:g} seconds: ask for a finite length above 0")
+
+
+def check_choice(value: str | None, option: str, accepted: Iterable[str]) -> None:
+    """Raise LongtakeError for a value that the option does not take."""
+    known = list(accepted)
+    if value is not None and value not in known:
+        raise LongtakeError(f"{option} {value!r}: use one of {', '.join(known)}")
 
 
 def check_device(device: str | None) -> None:
@@ -161,6 +199,18 @@ def check_file(path: Path, what: str) -> None:
         raise LongtakeError(f"{what} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise LongtakeError(f"{what} {path}: there is no folder {path.parent}; create it first")
+
+
+def check_distinct(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """Raise LongtakeError if one file is to be written by two options, or written by one and read by another."""
+    seen: dict[Path, str] = {}
+    for name, path in (*read.items(), *written.items()):
+        if path is None:
+            continue
+        place = path.resolve()
+        if place in seen and name in written:
+            raise LongtakeError(f"{seen[place]} and {name} name the same file, {path}: give each a file of its own")
+        seen[place] = name
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

@@ -63,10 +63,10 @@ def say_prompt(take: Session, prompt: str, embeds: dict[str, Tensor]) -> None:
 
 def roll(
     take: Session, chunks: int, switches: list[tuple[float, str]], embeds: dict[str, Tensor], output: Path,
-    latents: Path | None,
+    latents: Path | None, stop: shell.StopAsked,
 ) -> Made:  # fmt: skip
     """Run the take into its files, obeying (second, prompt) switches. Chunks that are finished stay in the file
-    whatever ends it: Ctrl-C, or a chunk that is not finite."""
+    whatever ends it: a signal, or a chunk that is not finite."""
     from ..video import Mp4Writer
 
     geometry, made = take.geometry, Made()
@@ -76,7 +76,6 @@ def roll(
         video = files.enter_context(Mp4Writer(output, geometry.fps, geometry.height, geometry.width))
         labels = {"prompt": str(take.prompt), "model": take.host.name}
         rows = files.enter_context(LatentsWriter(latents, labels)) if latents else None
-        stop = files.enter_context(shell.StopAsked())
         progress = files.enter_context(TakeProgress(chunks, geometry.fps, output.name))
         try:
             _write_chunks(take, chunks, list(switches), embeds, stop, progress, video, rows, made)
@@ -117,13 +116,15 @@ def report_text(report: dict[str, Any]) -> str:
     held = ", ".join(f"{shell.bytes_text(memory[part])} {name}" for part, name in _PARTS.items() if memory.get(part))
     peaks = [(report["peak_rss_bytes"], "peak RSS"), (report["peak_device_bytes"], "peak on the device")]
     stopped = {"complete": "", "interrupted": "stopped; ", "non-finite": "broken off; "}[report["status"]]
+    budget = report["fitted_to_bytes"]
+    fitted = "" if budget is None else f", fitted to {shell.bytes_text(budget)}"
     lines = [
         f"{stopped}{report['output']}: {report['frames']} frames, {report['video_seconds']:.2f} s of video, "
         f"{report['width']}x{report['height']} at {report['fps']:g} fps",
         f"made in {report['wall_seconds']:.2f} s: {report['chunks']} chunks, "
         f"{report['chunks_per_second']:.2f} chunks/s, {report['realtime_factor']:.2f}x realtime; "
         f"model loaded in {report['load_seconds']:.1f} s",
-        f"policy {report['policy']}; the last chunk attended to {report['attended_tokens']} tokens",
+        f"policy {report['policy']}{fitted}; the last chunk attended to {report['attended_tokens']} tokens",
         f"held: {held}" + "".join(f"; {name} {shell.bytes_text(count)}" for count, name in peaks if count),
     ]
     lines += [f"{what} {report[what]}" for what in ("latents", "snapshot") if report[what]]

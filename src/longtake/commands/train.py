@@ -9,10 +9,11 @@ import typer
 
 from ..errors import LongtakeError
 from . import options, shell
+from .usage import Commands
 
 LEAST_MINUTES = 0.25  # a stage writes its numbers every ten seconds
 
-train = typer.Typer(no_args_is_help=True, help="Train a model of the zoo.")
+train = typer.Typer(cls=Commands, help="Train a model of the zoo.")
 
 
 @train.callback()
