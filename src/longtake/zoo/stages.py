@@ -58,6 +58,8 @@ class Stage:
             if now - saved > CHECKPOINT_SECONDS:
                 self.save()
                 saved = now
+        if self.sums:
+            self._log()
         self.save()
 
     def step(self, loss: torch.Tensor, **numbers: float) -> None:
