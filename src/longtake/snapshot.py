@@ -78,9 +78,7 @@ def save(session: Session, path: Any) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(
-            temporary.stat().st_mode
-        )  # by the umask; safetensors would let only the owner read it
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # by the umask; safetensors' own is for the owner alone
         save_file(_apart(tensors), temporary, {"longtake": json.dumps(description)})
         temporary.chmod(mode)
         os.replace(temporary, path)
