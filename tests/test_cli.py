@@ -264,7 +264,7 @@ def test_what_a_budget_makes_of_a_named_option_is_said(model, host, folder):
     result = generate(model, *asked)
     chosen = "window:frames=8,sink=1,positions=absolute"
     [note] = beside_progress(result.stderr)
-    assert note.startswith("note: --memory") and note.endswith(f"window:frames=20,sink=1,positions=absolute {chosen}")
+    assert note.startswith("note: --memory") and note.endswith(f"window:frames=20,sink=1,positions=absolute into {chosen}")
     assert f"policy {chosen}, fitted to " in result.stdout
     made = report(generate(model, *asked, "--json"))
     assert made["policy"] == chosen and made["fitted_to_bytes"] == shell.parse_bytes(asked[-1])

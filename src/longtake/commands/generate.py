@@ -125,7 +125,7 @@ def generate(
             if budget is not None:
                 kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
                 if asked is not None and kv_policy != asked:
-                    shell.say(f"note: --memory {memory} makes --policy {spec(asked)} {spec(kv_policy)}")
+                    shell.say(f"note: --memory {memory} turns --policy {spec(asked)} into {spec(kv_policy)}")
             geometry = host.geometry(height, width)
             if chunks is None:
                 chunks = geometry.chunks(seconds, given=0 if image is None else 1)
