@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import longtake
+import longtake.session
 from longtake.cli import app
 from longtake.commands import shell
 from longtake.hosts.wan import CausalWan
@@ -264,7 +265,8 @@ def test_what_a_budget_makes_of_a_named_option_is_said(model, host, folder):
     result = generate(model, *asked)
     chosen = "window:frames=8,sink=1,positions=absolute"
     [note] = beside_progress(result.stderr)
-    assert note.startswith("note: --memory") and note.endswith(f"window:frames=20,sink=1,positions=absolute into {chosen}")
+    assert note.startswith("note: --memory") and "window:frames=20,sink=1,positions=absolute into" in note
+    assert note.endswith(chosen)
     assert f"policy {chosen}, fitted to " in result.stdout
     made = report(generate(model, *asked, "--json"))
     assert made["policy"] == chosen and made["fitted_to_bytes"] == shell.parse_bytes(asked[-1])
