@@ -2,8 +2,8 @@
 
 One process does it all on one named shape with random weights:
 
-    take      a windowed take; near its beginning and at its end a snapshot, live tensor bytes, resident memory
-    pairs     both snapshots replayed alternately, one chunk each: paired ratios late / early; operations counted apart
+    take      a windowed take; near its beginning and at its end a snapshot, tensor bytes, memory, operations
+    pairs     both snapshots replayed alternately, one chunk each: paired ratios late / early
     rounds    resident session, scratch session and bare forwards in turn: same token counts, so ratios are overhead
     curves    full history and window from the first chunk on, in turn
     codec     encoding and decoding of the embedded model, apart from all of the above
@@ -51,6 +51,7 @@ class _Mark:
     tensor_bytes: int
     rss: int | None
     attended: int
+    operations: OpCounts
 
 
 @dataclass
@@ -144,7 +145,6 @@ def run(
             early, late = Path(folder) / "early.safetensors", Path(folder) / "late.safetensors"
             _take(bench, early, late)
             _pairs(bench, early, late)
-            _operations(bench, early, late)
         _rounds(bench)
         _curves(bench)
         _codec(bench)
@@ -170,17 +170,22 @@ def _take(bench: _Bench, early: Path, late: Path) -> None:
     for number in range(1, bench.chunks + 1):
         if number + 1 in files:
             session.snapshot(files[number + 1])
-        next(session)
-        if number in files:
+        if number not in files:
+            next(session)
+        else:
+            with CountOperations() as operations:
+                next(session)
             assert session.stats.last is not None
             tensor_bytes = live_tensor_bytes(bench.host.device)
-            marks[number] = _Mark(tensor_bytes, rss_bytes(), session.stats.last.attended_tokens)
+            marks[number] = _Mark(tensor_bytes, rss_bytes(), session.stats.last.attended_tokens, operations)
         bench.progress("take", number, bench.chunks)
     first, last = marks[bench.shape.early], marks[bench.chunks]
     growth = None if first.rss is None or last.rss is None else last.rss - first.rss
     bench.report.counts |= {
         "chunk": [bench.shape.early, bench.chunks], "live_tensor_bytes": [first.tensor_bytes, last.tensor_bytes],
         "rss_bytes": [first.rss, last.rss], "rss_growth_bytes": growth,
+        "operations": [first.operations.total, last.operations.total],
+        "operations_equal_by_name": first.operations.by_name == last.operations.by_name,
         "attended_tokens": [first.attended, last.attended], "session_bytes": session.memory(),
     }  # fmt: skip
 
@@ -201,22 +206,6 @@ def _pairs(bench: _Bench, early: Path, late: Path) -> None:
         Figure.of("late chunk", "ms", _ms(times[late]), bench.seed),
         Figure.of("late / early", "", ratios(times[late], times[early]), bench.seed),
     ]
-
-
-def _operations(bench: _Bench, early: Path, late: Path) -> None:
-    """Operations of the marked chunks, by name and by shape."""
-    counts = []
-    for path in (early, late):
-        session = Session.restore(path, bench.host)
-        next(session)
-        with CountOperations() as count:
-            next(session)
-        counts.append(count)
-    first, last = counts
-    bench.report.counts |= {
-        "operations": [first.total, last.total],
-        "operations_equal_by_name": first.by_name == last.by_name,
-    }
 
 
 class BareForwards:
