@@ -62,9 +62,7 @@ Residency = Annotated[
         show_default="resident",
     ),
 ]
-Device = Annotated[
-    str | None, Option(help="cpu, cuda, cuda:N or mps.", show_default="the first GPU, else the CPU")
-]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:N or mps.", show_default="the first GPU, else the CPU")]
 Dtype = Annotated[
     str | None,
     Option(help=f"{DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}.", show_default="bfloat16 on a GPU, float32 on a CPU"),
@@ -85,9 +83,7 @@ Threads = Annotated[
     ),
 ]
 Causal = Annotated[bool, Option("--causal", help="The weights are causal, though their files do not say so.")]
-CausalFamily = Annotated[
-    str | None, Option("--family", help="… and of this family (`longtake models` lists them).")
-]
+CausalFamily = Annotated[str | None, Option("--family", help="… and of this family (`longtake models` lists them).")]
 Latents = Annotated[
     Path | None, Option(help="Also write the latents, fp32, frame by frame, to this .safetensors file.")
 ]
@@ -111,7 +107,8 @@ Ema = Annotated[
     bool | None,
     Option(
         "--ema/--no-ema",
-        help="Which of the file's two sets of weights.", show_default="the one that its authors sample from",
+        help="Which of the file's two sets of weights.",
+        show_default="the one that its authors sample from",
     ),
 ]
 Lora = Annotated[Path | None, Option(help="An adapter to merge.")]

@@ -32,7 +32,7 @@ from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
 from ..session import Session
 from .bench_report import Curve, TakeReport, Target
 from .bench_shapes import DTYPES, SHAPES, Shape
-from .measure import CountOperations, Figure, live_tensor_bytes, ratios, rss_bytes
+from .measure import CountOperations, Figure, OpCounts, live_tensor_bytes, ratios, rss_bytes
 from .provenance import BUSY_LIMIT, cpu_times, others_busy, provenance, refuse_if_busy
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
