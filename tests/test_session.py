@@ -1,6 +1,5 @@
 """What a session promises: takes in lockstep, seeds, prompts, failures, callbacks, bytes and figures."""
 
-import gc
 import json
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from longtake import (
     generate,
     policies,
 )
+from longtake.evaluate.measure import live_tensor_bytes
 from longtake.policies import KVPolicy
 from longtake.session import history_shape
 
@@ -363,22 +363,11 @@ def test_a_take_of_known_length_ends_by_itself():
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors alive in the process, each storage once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize(("name", "residency"), [*((name, "resident") for name in NAMES), ("window", "scratch")])
 def test_memory_is_what_the_session_holds_and_stays_so(name, residency):
     host = tiny_wan(vae=True)
     options = {"guidance_scale": 2.0, "residency": residency, "decode": True, "chunks": 12}
-    before = live_bytes()
+    before = live_tensor_bytes()
     take = take_of(
         host, small(name), prompt_embeds=text(2), negative_prompt_embeds=text(2, seed=4), image=image(), **options
     )
@@ -386,7 +375,7 @@ def test_memory_is_what_the_session_holds_and_stays_so(name, residency):
     def uncounted() -> int:
         """Bytes alive beyond what `memory` says, two numbers per held token and stream apart."""
         tokens = sum(int(store.used.sum()) for store in take.history.stores.values())
-        return live_bytes() - before - take.memory()["total"] - 16 * tokens
+        return live_tensor_bytes() - before - take.memory()["total"] - 16 * tokens
 
     assert abs(uncounted()) < 4096
     figures = []
@@ -432,7 +421,7 @@ def test_a_longer_take_holds_no_more():
                 chunk = next(take)
             latents, frames = chunk.latents.nbytes, chunk.frames.nbytes
             seen[i + 1] = (
-                live_bytes(),
+                live_tensor_bytes(),
                 operations.counts,
                 chunk.stats.attended_tokens,
                 chunk.stats.history_bytes,

@@ -92,7 +92,8 @@ def live_tensor_bytes(device: torch.device | str | None = None) -> int:
             storage = thing.untyped_storage()
         except (RuntimeError, NotImplementedError):  # sparse and wrapper tensors have no storage of their own
             continue
-        seen[storage._cdata] = storage.nbytes()
+        if storage.device.type != "meta":  # a compiler's stand-ins hold nothing
+            seen[storage._cdata] = storage.nbytes()
     return sum(seen.values())
 
 
