@@ -5,13 +5,29 @@ from __future__ import annotations
 import contextlib
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .shell import bytes_text, say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LOG_SECONDS = 10  # between two lines where there is no terminal
 
 
-class TakeProgress:
+class _Bar:
+    """A progress bar on the terminal, gone when its work is done."""
+
+    _bar: Progress
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone; the files are to be finished all the same
+            self._bar.stop()
+
+
+class TakeProgress(_Bar):
     """Counts the chunks of a take and tells chunks/s, realtime factor and bytes held.
 
     The realtime factor is seconds of video per second of work: from 1 on, a viewer would not have to wait.
@@ -56,14 +72,8 @@ class TakeProgress:
         self._started = self._said = time.perf_counter()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone; the files are to be finished all the same
-            self._bar.stop()
 
-
-class DemoProgress:
+class DemoProgress(_Bar):
     """How far several takes are, which one is being made, and how long the rest will take."""
 
     def __init__(self) -> None:
@@ -89,9 +99,3 @@ class DemoProgress:
     def __enter__(self) -> DemoProgress:
         self._bar.start()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone; the files are to be finished all the same
-            self._bar.stop()

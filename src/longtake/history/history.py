@@ -47,7 +47,7 @@ class History:
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
             raise LongtakeError(f"residency {residency!r}: use one of {', '.join(RESIDENCIES)}")
-        self.shape, self.rotary, self.residency, self.score, self.key_sums = shape, rotary, residency, score, key_sums
+        self.shape, self.rotary, self.residency, self.score = shape, rotary, residency, score
         self.streams = streams
         self.dtype, self.device = dtype, torch.device(device)
         self.fixed = capacity is not None
