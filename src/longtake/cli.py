@@ -12,6 +12,7 @@ from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
 from .commands.listing import models, policies
+from .commands.plan import plan
 from .commands.shell import guarded
 from .commands.train import train
 from .commands.usage import Commands
@@ -38,7 +39,7 @@ def longtake(
     """Autoregressive video of any length in bounded memory."""
 
 
-for command in (generate, demo, convert, models, policies):
+for command in (generate, demo, convert, plan, models, policies):
     app.command()(guarded(command))
 
 bench = typer.Typer(cls=Commands, help=bench_cli.HELP)

@@ -1,0 +1,62 @@
+"""What the planner is asked: a model's shape, a size, a length, and what is done with the past."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import LongtakeError
+from ..policies import KVPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of one named model; a family adds its own constants as fields."""
+
+    name: str
+    about: str
+    width: int  # pixels, where the request names no size
+    height: int
+    fps: float
+    itemsize: int = 2  # bytes of one K or V element
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """One question to the planner. What is None is left to the family's defaults; of `frames` (pixel frames),
+    `seconds` and `chunks` at most one is given."""
+
+    model: str
+    size: tuple[int, int] | None = None  # width, height in pixels
+    frames: int | None = None
+    seconds: float | None = None
+    chunks: int | None = None
+    policy: KVPolicy | None = None
+    chunk: int | None = None  # latent frames generated together
+    steps: int | None = None  # denoising (or mask-decoding) forwards of a chunk
+
+    def __post_init__(self) -> None:
+        lengths = {"--frames": self.frames, "--seconds": self.seconds, "--chunks": self.chunks}
+        given = [name for name, value in lengths.items() if value is not None]
+        if len(given) != 1:
+            raise LongtakeError(
+                f"{' and '.join(given) or 'no length'}: say how long the video is with one of {', '.join(lengths)}"
+            )
+        if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
+            raise LongtakeError(f"{self.seconds:g} seconds: ask for a finite length above 0")
+        for name in ("frames", "chunks", "chunk", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LongtakeError(f"--{name} {value}: give at least 1")
+
+    def pixel_frames(self, fps: float) -> int | None:
+        """Pixel frames asked for by `frames` or `seconds`; None if the length is given in chunks."""
+        return self.frames if self.seconds is None else max(1, round(self.seconds * fps))
+
+    def pixels(self, shape: ModelShape, unit: int) -> tuple[int, int]:
+        """Width and height, multiples of `unit`; the shape's own where the request names none."""
+        size = self.size or (shape.width, shape.height)
+        if any(side < unit or side % unit for side in size):
+            near = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
+            raise LongtakeError(f"size {size[0]}x{size[1]}: {shape.name} needs multiples of {unit} pixels, e.g. {near}")
+        return size
