@@ -32,6 +32,7 @@ class HistoryShape:
     streams: int = 1  # guidance branches, each with its own K/V
     frames: int | None = None  # latent frames of the whole take, if its end is known
     anchor_tokens: int = 0  # tokens of anchor blocks a host puts before the first frame (Lumos-1: the prompt)
+    compressed_tokens: int = 0  # of a chunk's compressed form; 0: the take has no compressor
 
     @property
     def token_bytes(self) -> int:
@@ -184,6 +185,7 @@ class Plan:
     # Blocks whose keys `score` gets at the policy's moment, if the pass sees them; None: all it sees. Blocks that are
     # being fused stand for what they become.
     observe: tuple[int, ...] | None = None
+    forms: tuple[str, ...] = ()  # in which the chunk in flight is to be written besides `full`: (COMPRESSED,)
 
 
 @dataclass(frozen=True, eq=False)
