@@ -6,6 +6,7 @@ on what is picked, so shapes are known before the forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..rope import RotaryTable
 from .store import Rows, Store, span, stretches
 
 Score = Callable[[Tensor, Tensor], Tensor]
+Fill = Callable[[Tensor | None], None]
 MANY_PIECES = 16  # above this, one gather is cheaper than copying stretch by stretch
 
 
@@ -29,6 +31,10 @@ class Part:
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         """Write the part into its place in a layer's view: k, v [B, n, H, D], rotated."""
         raise NotImplementedError
+
+    def bind(self, layer: int, k: Tensor, v: Tensor) -> Fill:
+        """`fill` for a place that stays the same while the plan is in force: called with the queries."""
+        return partial(self.fill, layer, k, v)
 
 
 class Plain(Part):
@@ -52,6 +58,35 @@ class Plain(Part):
             to = slice(start, start + rows.stop - rows.start)
             self.rotary.rotate(self.store.k[layer][:, rows], self.phases[to], out=k[:, to])
             v[:, to].copy_(self.store.v[layer][:, rows])
+
+    def bind(self, layer: int, k: Tensor, v: Tensor) -> Fill:
+        keys, values = self.store.k[layer], self.store.v[layer]
+        whole = self.rotary.pairing == "interleaved" and 2 * self.rotary.pairs == k.shape[-1]
+        if len(self.pieces) > MANY_PIECES or k.dtype != torch.float32 or not whole:
+            return super().bind(layer, k, v)
+        # Slices and complex views, made once: in a small model they cost as much time as the bytes they move.
+        turns, copies = [], []
+        phases = torch.view_as_complex(self.phases).unsqueeze(1)  # [n, 1, P]: broadcast over heads
+        for start, rows in self.pieces:
+            to = slice(start, start + rows.stop - rows.start)
+            turns.append((_complex(keys[:, rows]), phases[to], _complex(k[:, to])))
+            copies.append((v[:, to], values[:, rows]))
+
+        def fill(q: Tensor | None) -> None:
+            if torch.compiler.is_compiling():  # inductor has no complex kernels
+                self.fill(layer, k, v, q)
+                return
+            for source, phase, target in turns:
+                torch.mul(source, phase, out=target)
+            for target, source in copies:
+                target.copy_(source)
+
+        return fill
+
+
+def _complex(x: Tensor) -> Tensor:
+    """Interleaved pairs of channels as complex numbers: [..., D] → [..., D / 2]."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 class Fused(Part):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from ..attention import attend
 from ..errors import LongtakeError
 from ..plan import FULL, Choose, Entry, HistoryShape, Plan, as_tensor
 from ..rope import RotaryTable
-from .parts import MANY_PIECES, Chosen, Fused, Fusing, Part, Plain, Score
+from .parts import MANY_PIECES, Chosen, Fill, Fused, Fusing, Part, Plain, Score
 from .store import Rows, Store, span
 
 Positions = tuple[Tensor, Tensor]  # base, step [n, axes]
@@ -58,14 +60,18 @@ class LayerView:
         q = self.rotary.rotate(q, self.phases)
         if self.prepare is not None:
             self.prepare(q)
-        self.rotary.rotate(k, self.phases, out=self.k_live)
-        self.v_live.copy_(v)
-        if self.write is not None:
-            self.write(k, v, self.k_live)
+        self.put(k, v)
         out = attend(q, self.k, self.v, bias=self.bias, causal=causal, backend=backend, parallel_config=parallel_config)
         if self.observe is not None:
             self.observe(q, self.k)
         return out
+
+    def put(self, k: Tensor, v: Tensor) -> None:
+        """Keys and values of the pass alone, for tokens that have no queries; arguments as for `attend`."""
+        self.rotary.rotate(k, self.phases, out=self.k_live)
+        self.v_live.copy_(v)
+        if self.write is not None:
+            self.write(k, v, self.k_live)
 
 
 class Buffers:
@@ -128,6 +134,7 @@ class View:
         self.places: dict[int, range] = {}  # where a block's keys stand, of the blocks the plan names outright
         self.bias: Tensor | None = None  # [history + live], if any entry has a log-weight
         self._filled = False
+        self._fills: dict[int, list[Fill]] = {}  # layer → what fills a scratch view, the same for every pass
         self._stale: set[int] = set()  # live blocks whose tail a pass that does not write has overwritten
 
     def lay_out(self, plan: Plan, frames: dict[int, int], fusings: dict[int, Fusing]) -> None:
@@ -204,9 +211,9 @@ class View:
             k, v = (t[layer if resident else 0] for t in buffers)
             prepare = None
             if history and not resident:
-                prepare = self._filler(layer, k, v, before, None)
+                prepare = self._scratch_filler(layer, k, v, before)
             elif history and any(part.open(layer) for part in self.parts):
-                prepare = self._filler(layer, k, v, [], True)
+                prepare = partial(self._fill, layer, k, v, only_open=True)
             result.append(
                 LayerView(
                     self.rotary, live.phases[(self.stream, form)], k[:, window], v[:, window], tail, bias, prepare,
@@ -233,7 +240,7 @@ class View:
         """Bring a resident view up to date: all of it after a new plan, else the live blocks that a pass left stale."""
         if not self._filled:
             for layer in range(self.layer_count):
-                self._fill(layer, k[layer], v[layer], None, False)
+                self._fill(layer, k[layer], v[layer], None, only_open=False)
                 self._fill_live(layer, k[layer], v[layer], list(self.live))
             self._filled = True
         elif not self._stale.isdisjoint(before):
@@ -241,11 +248,11 @@ class View:
                 self._fill_live(layer, k[layer], v[layer], before)
             self._stale.difference_update(before)
 
-    def _fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None, only_open: bool | None) -> None:
-        """Write the parts of one layer; `only_open` restricts it to the open ones, or to the others."""
+    def _fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None, *, only_open: bool) -> None:
+        """Write the open parts of one layer, or the others."""
         start = 0
         for part in self.parts:
-            if only_open is None or part.open(layer) == only_open:
+            if part.open(layer) == only_open:
                 part.fill(layer, k[:, start : start + part.n], v[:, start : start + part.n], q)
             start += part.n
 
@@ -261,13 +268,21 @@ class View:
                 v[:, to].copy_(self.store.v[layer][:, at])
             start = to.stop
 
-    def _filler(
-        self, layer: int, k: Tensor, v: Tensor, live: list[int], only_open: bool | None
-    ) -> Callable[[Tensor], None]:
+    def _scratch_filler(self, layer: int, k: Tensor, v: Tensor, before: list[int]) -> Callable[[Tensor], None]:
+        """What builds a layer's view right before its attention. The place is the same until the next plan."""
+        if layer not in self._fills:
+            ends = list(accumulate((part.n for part in self.parts), initial=0))
+            self._fills[layer] = [
+                part.bind(layer, k[:, start:end], v[:, start:end])
+                for part, (start, end) in zip(self.parts, pairwise(ends), strict=True)
+            ]
+        fills = self._fills[layer]
+
         def prepare(q: Tensor) -> None:
-            self._fill(layer, k, v, q, only_open)
-            if live:
-                self._fill_live(layer, k, v, live)
+            for fill in fills:
+                fill(q)
+            if before:
+                self._fill_live(layer, k, v, before)
 
         return prepare
 
