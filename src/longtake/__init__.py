@@ -12,7 +12,7 @@ _HOME = {
     "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies",
     "Plan": "plan", "Entry": "plan", "Choose": "plan", "Fuse": "plan", "Drop": "plan",
     "Block": "plan", "BlockTable": "plan", "Signals": "plan", "HistoryShape": "plan",
-    "ReusePolicy": "reuse", "NoReuse": "reuse",
+    "ReusePolicy": "reuse", "NoReuse": "reuse", "FlowCacheReuse": "reuse", "TeaCacheReuse": "reuse", "ReplayReuse": "reuse",
     "LongtakeError": "errors", "NonFiniteError": "errors", "PlanError": "errors",
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .hosts.loading import load
     from .plan import Block, BlockTable, Choose, Drop, Entry, Fuse, HistoryShape, Plan, Signals
     from .policies import FullHistory, KVPolicy, SlidingWindow
-    from .reuse import NoReuse, ReusePolicy
+    from .reuse import FlowCacheReuse, NoReuse, ReplayReuse, ReusePolicy, TeaCacheReuse
     from .session import Session, generate
     from .video import Mp4Writer, read_image
 

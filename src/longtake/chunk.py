@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .reuse import Decision
 
 
 @dataclass
@@ -23,6 +27,7 @@ class ChunkStats:
     history_bytes: int  # K/V rows in use
     forwards: int  # computed, the commit pass included
     reused: int
+    decisions: tuple[Decision, ...] = ()  # of the reuse policy, step by step
 
     @property
     def overhead_seconds(self) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,16 +20,15 @@ from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
 from .plan import HistoryShape
 from .policies import KVPolicy, SlidingWindow
-from .reuse import NoReuse, ReusePolicy, ReuseState
+from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule, denoise
 
 
 @dataclass
 class _Stream:
-    """One guidance branch: its text, and its reuse state for the block in flight."""
+    """One guidance branch: its text."""
 
     text: TextState
-    reuse: ReuseState = field(default_factory=ReuseState)
 
 
 class Session:
@@ -82,7 +81,7 @@ class Session:
         if chunks is not None and chunks < 1:
             raise LongtakeError(f"{chunks} chunks: ask for at least 1, or None for an endless take")
         self.policy = policy or default_policy(self.host)
-        self.reuse = reuse or NoReuse()
+        self.reuse = (reuse or NoReuse()).for_model(self.host.reuse_preset)
         self.geometry: Geometry = self.host.geometry(height, width)
         self.chunks = chunks
         self.guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -110,6 +109,8 @@ class Session:
             self._streams["uncond"] = _Stream(self.host.text_state(negative))
         self.host.prompts_encoded()
         self._pending: TextState | None = None
+        self._reuse = ReuseRun(self.reuse, self.host.feature, renoised=True)
+        self._unobserved = False  # the last step of the chunk in flight was reused
 
         self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
         self.history = self._make_history(residency, memory_limit)
@@ -152,12 +153,14 @@ class Session:
         except BaseException:
             self.history.abandon(block)
             self._restore_noise(rng)
+            self._reuse.finish(self.index)
             raise
         self._commit(block, x0)
         stats = ChunkStats(
             self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
             time.perf_counter() - started, clock.seconds, decode_seconds, attended, self.history.held_bytes,
             clock.forwards, clock.reused,
+            decisions=self._reuse.finish(self.index),
         )  # fmt: skip
         self.frame += self.geometry.chunk_frames
         self.index += 1
@@ -220,10 +223,13 @@ class Session:
         parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
         parts["decoder"] += self._first_frames.nbytes if self._first_frames is not None else 0
         parts["latents"] = sum(latents.nbytes for latents in (self._latents or {}).values())
-        parts["reuse"] = sum(
-            t.nbytes for s in self._streams.values() for t in (s.reuse.feature, s.reuse.carry) if t is not None
-        )
+        parts["reuse"] = self._reuse.nbytes
         return {**parts, "total": sum(parts.values())}
+
+    def reuse_schedule(self) -> list[Decision] | None:
+        """What the reuse policy will decide for each step of a chunk, where that is known before the take: with a
+        metric that holds nothing of the video. None where it is not."""
+        return self._reuse.schedule(self._turns(0))
 
     def snapshot(self, path: Any) -> None:
         """Write all that the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""
@@ -294,11 +300,21 @@ class Session:
         draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(
             self.host.device
         )
-        for stream in self._streams.values():
-            stream.reuse = ReuseState()
+        turns = self._turns(self.index)
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
-            return self._forward_all(x, t, block, clock, step=step)
+            computed = self._reuse.decide([turns[step]], [x])[0]
+            self._unobserved = not computed
+            if not computed:
+                clock.reused += len(self._streams)
+                if not self._reuse.carries_residual:
+                    return self._reuse.carried(turns[step], x)
+            out = self._forward_all(x, t, block, clock, step=step, computed=computed)
+            if computed:
+                self._reuse.keep(turns[step], x, out)
+            return out
+
+        self._unobserved = False
 
         def predicted(x0: Tensor, t: float, step: int) -> Tensor:
             if self.callback_on_step_end is None:
@@ -313,34 +329,41 @@ class Session:
         return denoise(velocity, draw(0), self.schedule, draw, predicted)
 
     def _forward_all(
-        self, x: Tensor, t: float, block: int, clock: Clock, *, step: int | None = None, write: bool = False
-    ) -> Tensor:
-        """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream."""
+        self, x: Tensor, t: float, block: int, clock: Clock, *, step: int | None = None, write: bool = False,
+        computed: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream. A step that
+        is not `computed` puts the residuals of an earlier one between embedding and head."""
         steps = len(self.schedule.timesteps)
-        moments = {"commit": write, "first_step": step == 0, "last_forward": step == steps - 1}
+        last = step == steps - 1 or (write and self._unobserved)  # the commit pass stands in for a reused last step
+        moments = {"commit": write, "first_step": step == 0, "last_forward": last}
         observe = moments.get(self.policy.moment or "", False)
         velocities: dict[str, Tensor] = {}
         for name, stream in self._streams.items():
-            if step is not None and not self.reuse.compute(stream.reuse, x, t, step, steps):
-                if stream.reuse.carry is None:
-                    raise RuntimeError(
-                        f"{type(self.reuse).__name__} reuses step {step}, but nothing was computed before it"
-                    )
-                velocities[name] = stream.reuse.carry
-                clock.reused += 1
+            residuals = self._reuse.state(self.index).residuals if step is not None else {}
+            if not computed:
+                velocities[name], _ = self.host.forward_residual(x, t, stream.text, [], residuals[name])
                 continue
             layers = self.history.layers(name, block, write=write, observe=observe)
             with clock:
-                velocities[name] = self.host.forward(x, t, stream.text, layers)
-            if step is not None:
-                stream.reuse.computed += 1
-                if not isinstance(self.reuse, NoReuse):
-                    stream.reuse.carry = velocities[name]
+                if step is not None and self._reuse.carries_residual:
+                    velocities[name], residuals[name] = self.host.forward_residual(x, t, stream.text, layers)
+                else:
+                    velocities[name] = self.host.forward(x, t, stream.text, layers)
         cond = velocities["cond"]
         if "uncond" not in velocities:
             return cond
         uncond = velocities["uncond"].float()
         return uncond + self.guidance_scale * (cond.float() - uncond)
+
+    def _turns(self, chunk: int) -> list[Turn]:
+        """The steps of a chunk, as reuse policies see them."""
+        times, sigmas = self.schedule.timesteps, (*self.schedule.sigmas, 0.0)
+        final = self.chunks is not None and chunk == self.chunks - 1
+        return [
+            Turn(chunk, k, len(times), t, sigmas[k], sigmas[k + 1], last=final and k == len(times) - 1)
+            for k, t in enumerate(times)
+        ]
 
     def _decode(self, latents: Tensor) -> Tensor | None:
         if self.decoder is None:

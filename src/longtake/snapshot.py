@@ -8,7 +8,7 @@ import platform
 import secrets
 import stat
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import policies
+from . import reuse as reuse_policies
 from .errors import LongtakeError
 from .history import History
 from .history.store import Rows
@@ -67,7 +68,7 @@ def save(session: Session, path: Any) -> None:
     description = {
         "format": FORMAT, "environment": environment(), "host": session.host.name, "device": session.host.device.type,
         "dtype": str(session.host.dtype),
-        "policy": policies.describe(session.policy), "reuse": [session.reuse.name, asdict(session.reuse)],
+        "policy": policies.describe(session.policy), "reuse": reuse_policies.describe(session.reuse),
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
@@ -131,8 +132,9 @@ def restore(
             stacklevel=3,
         )
     name, options = description["reuse"]
-    if reuse is None and name != "none":
+    if reuse is None and name not in reuse_policies.available():
         raise LongtakeError(f"the snapshot was made with reuse policy {name} {options}: pass it as reuse=")
+    reuse = reuse or reuse_policies.build(name, options)
     made_with, fields_of = description["policy"]
     if policy is None and made_with not in policies.available():
         raise LongtakeError(

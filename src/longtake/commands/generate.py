@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import LongtakeError
+from ..named import spec
 from . import options, shell
 from .take import report_text, roll, say_prompt
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ..geometry import Geometry
     from ..hosts.base import Host
     from ..policies import KVPolicy
-    from ..reuse import ReusePolicy
     from ..session import Session
 
 
@@ -27,6 +27,7 @@ def generate(
     model: options.Model = None,
     policy: options.Policy = None,
     reuse: options.Reuse = "none",
+    reuse_log: options.ReuseLog = None,
     size: options.Size = None,
     seconds: options.Seconds = None,
     chunks: options.Chunks = None,
@@ -56,12 +57,12 @@ def generate(
     """
     if output.suffix.lower() != ".mp4":
         raise LongtakeError(f"output {output}: an MP4 is written, so let the name end in .mp4")
-    for path, what in ((output, "output"), (latents, "latents"), (snapshot, "snapshot")):
+    for path, what in ((output, "output"), (latents, "latents"), (snapshot, "snapshot"), (reuse_log, "reuse log")):
         if path is not None:
             shell.check_file(path, what)
     # a snapshot may take the place of the one gone on from: it is written beside it, and has read all of it before
-    shell.check_distinct({"-o": output, "--latents": latents, "--snapshot": snapshot}, {"--image": image})
-    shell.check_distinct({"-o": output, "--latents": latents}, {"--resume": resume})
+    shell.check_distinct({"-o": output, "--latents": latents, "--snapshot": snapshot, "--reuse-log": reuse_log}, {"--image": image})
+    shell.check_distinct({"-o": output, "--latents": latents, "--reuse-log": reuse_log}, {"--resume": resume})
     fixed = {
         "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
         "guidance": guidance, "negative": negative, "memory": memory, "residency": residency,
@@ -89,6 +90,8 @@ def generate(
     from ..hosts.convert import FAMILIES
     from ..hosts.wan import TEXT_ENCODER_FATES
     from ..policies import parse
+    from ..reuse import parse as parse_reuse
+    from ..reuse import write_log
     from ..session import Session, default_policy
     from ..snapshot import describe
 
@@ -136,6 +139,7 @@ def generate(
                 height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                 residency=residency or "resident", chunks=None if snapshot else chunks,  # a snapshot's take may go on
             )  # fmt: skip
+        say_reuse(take)
         before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
         if chunks is None:  # the length of the continuation
             chunks = take.geometry.chunks(seconds + before / take.geometry.fps, given=take.frame)
@@ -153,9 +157,11 @@ def generate(
             made = roll(take, chunks, switches, embeds, output, latents, stop)
             if snapshot is not None and made.whole:
                 take.snapshot(snapshot)
+        if reuse_log is not None:
+            write_log(reuse_log, made.decisions, {"model": host.name, "reuse": spec(take.reuse)})
     report = {
         "output": str(output) if made.frames else None, "status": made.status, "model": host.name,
-        "policy": spec(take.policy), "fitted_to_bytes": budget, "reuse": take.reuse.name,
+        "policy": spec(take.policy), "fitted_to_bytes": budget, "reuse": spec(take.reuse),
         "prompt": made.prompt or take.prompt or prompt, "seed": None if resume else seed or 0,
         "width": take.geometry.width, "height": take.geometry.height, "fps": take.geometry.fps,
         "device": str(host.device), "threads": used, "dtype": str(host.dtype).removeprefix("torch."),
@@ -263,24 +269,10 @@ def check_switches(switches: list[tuple[float, str]], last_start: int, fps: floa
         )
 
 
-def parse_reuse(name: str) -> ReusePolicy:
-    """A reuse policy by the name of its class. Raises LongtakeError for an unknown one."""
-    from ..reuse import ReusePolicy
-
-    def named(cls: type[ReusePolicy]) -> dict[str, type[ReusePolicy]]:
-        own = {cls.name: cls} if cls.name else {}
-        return own | {k: v for sub in cls.__subclasses__() for k, v in named(sub).items()}
-
-    known = named(ReusePolicy)
-    if name not in known:
-        raise LongtakeError(f"no reuse policy {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]()
-
-
-def spec(policy: KVPolicy) -> str:
-    """A policy as `--policy` takes it; one without a name by its class."""
-    from ..policies import describe
-
-    name, options = describe(policy)
-    values = ",".join(f"{key}={value}" for key, value in options.items())
-    return f"{name or type(policy).__name__}{':' if values else ''}{values}"
+def say_reuse(take: Session) -> None:
+    """What a reuse policy will do, where that is known before the take."""
+    if (decisions := take.reuse_schedule()) is None or take.reuse.name == "none":
+        return
+    reused = [str(d.index) for d in decisions if d.reused]
+    steps = f"steps {', '.join(reused)}" if reused else "none"
+    shell.say(f"{spec(take.reuse)} reuses {len(reused)} of {len(decisions)} steps of a chunk: {steps}")

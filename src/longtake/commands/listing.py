@@ -45,22 +45,40 @@ def models(as_json: AsJson = False) -> None:
 
 
 def policies(as_json: AsJson = False) -> None:
-    """List the KV policies with their options, as `--policy NAME:key=value,…` takes them."""
-    from .. import policies as package
+    """List KV policies and reuse policies with their options, as `--policy` and `--reuse NAME:key=value,…` take them."""
+    from .. import policies as kv
+    from .. import reuse
 
+    known, reusing = _described(kv.available()), _described(reuse.available())
+    lines = ["What of the past is kept and seen (--policy)", *_lines(known), ""]
+    lines += ["A policy of your own: --policy my_file.py:MyPolicy[:key=value,…]", ""]
+    lines += ["Which steps reuse an earlier result (--reuse)", *_lines(reusing), "", "Their slow / fast, by model"]
+    lines += [
+        f"    {name}: {p.slow:g} / {p.fast:g} (teacache {p.tea_slow:g} / {p.tea_fast:g}), metric {p.metric}, warm-up "
+        f"{p.warmup}, last {p.last}, rescale {p.rescale}"
+        for name, p in reuse.PRESETS.items()
+    ]
+    presets = {name: asdict(preset) for name, preset in reuse.PRESETS.items()}
+    answer({"policies": known, "reuse": reusing, "reuse_presets": presets}, "\n".join(lines), as_json)
+
+
+def _described(classes: dict[str, type[Any]]) -> dict[str, dict[str, Any]]:
     known: dict[str, dict[str, Any]] = {}
-    for name, cls in sorted(package.available().items()):
+    for name, cls in sorted(classes.items()):
         types = get_type_hints(cls)
         options = {
             f.name: {"type": getattr(types[f.name], "__name__", str(types[f.name])), "default": f.default}
             for f in fields(cls)
-            if f.init
+            if f.init and f.repr
         }
         about = (cls.__doc__ or "").strip().partition("\n")[0]
         known[name] = {"class": cls.__name__, "options": options, "about": about}
+    return known
+
+
+def _lines(known: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, policy in known.items():
         lines.append(f"{name}  ({policy['class']}) {policy['about']}")
         lines += [f"    {key}: {option['type']} = {option['default']}" for key, option in policy["options"].items()]
-    lines += ["", "A policy of your own: --policy my_file.py:MyPolicy[:key=value,…]"]
-    answer({"policies": known}, "\n".join(lines), as_json)
+    return lines

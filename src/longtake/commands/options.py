@@ -28,7 +28,17 @@ Policy = Annotated[
         show_default="the window the model was made for",
     ),
 ]  # fmt: skip
-Reuse = Annotated[str, Option(help="Which forwards reuse an earlier result.")]
+Reuse = Annotated[
+    str,
+    Option(
+        metavar="SPEC",
+        help="Which steps reuse an earlier result: none, flowcache:slow, teacache:fast, replay:LOG, "
+        "NAME:key=value,… (see `longtake policies`) or my_file.py:MyReuse.",
+    ),
+]
+ReuseLog = Annotated[
+    Path | None, Option(help="Write what was reused, step by step, to this JSON file; --reuse replay:FILE follows it.")
+]
 Size = Annotated[str | None, Option(metavar="WxH", help="Pixels.", show_default="the model's")]
 Seconds = Annotated[
     float | None,

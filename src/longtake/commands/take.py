@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .progress import TakeProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..reuse import Decision
     from ..session import Session
     from ..video import Mp4Writer
 
@@ -32,6 +33,7 @@ class Made:
     whole: bool = True  # the session stands at a chunk border, and the file holds everything up to it
     error: NonFiniteError | None = None
     prompt: str | None = None  # the last that was switched to
+    decisions: list[Decision] = field(default_factory=list)  # of the reuse policy
 
     def figures(self, take: Session) -> dict[str, Any]:
         """Length, speed and bytes, all measured."""
@@ -102,6 +104,7 @@ def _write_chunks(
         video.write(chunk.frames)
         if rows is not None:
             rows.write(chunk.latents)
+        made.decisions += chunk.stats.decisions
         made.frames += len(chunk.frames)
         made.chunks += 1
         progress.step(len(chunk.frames), take.memory()["total"])

@@ -38,6 +38,7 @@ class HostConfig:
     training_frames: int = 21  # latent frames of a training clip
     window: int | None = None  # latent frames attended at inference, the chunk in flight included
     sink: int | None = None
+    reuse: str = ""  # name of its reuse thresholds; empty: those of `host`
     prompts: tuple[str, ...] = ()  # examples
     about: str = ""
 
@@ -126,6 +127,23 @@ class Host(ABC):
     @abstractmethod
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
         """Velocity [B, C, f, h, w] of a chunk at `timestep` in 0 … 1000, its attention going through `layers`."""
+
+    def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
+        """What a reuse policy compares steps by, in fp32, [B or 1, …]: metric "latent", the patch embedding of noisy
+        latents [B, C, f, h, w]; or "timestep", the timestep projection, which needs no latents."""
+        raise LongtakeError(f"{self.name} has no feature {metric!r} to reuse by: use --reuse none")
+
+    def forward_residual(
+        self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what the block stack added to its input [B, N, d]. With the `residual` of an earlier step that
+        is added instead, no block runs and `layers` stay as they are."""
+        raise LongtakeError(f"{self.name} cannot reuse the residual of its blocks: use carry=velocity")
+
+    @property
+    def reuse_preset(self) -> str:
+        """Under which name reuse thresholds are kept for this model (`longtake.reuse.PRESETS`)."""
+        return self.config.reuse or self.config.host
 
     @abstractmethod
     def decoder(self) -> Decoder: ...

@@ -24,6 +24,7 @@ from ..geometry import Geometry
 from ..history import LayerView
 from ..rope import wan_table
 from .base import Host, HostConfig, TextState
+from .reusable import forward_residual, latent_feature, timestep_feature
 
 TEXT_ENCODER_FATES = ("offload", "keep", "free")  # after a prompt is encoded
 
@@ -211,6 +212,21 @@ class CausalWan(Host):
             finally:
                 for own, cross in zip(self._self, self._cross, strict=True):
                     own.view, cross.kv = None, None
+
+    @torch.no_grad()
+    def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
+        if metric == "latent" and latents is not None:
+            return latent_feature(self.transformer.patch_embedding, latents)
+        return timestep_feature(self.transformer.condition_embedder, timestep)
+
+    @torch.no_grad()
+    def forward_residual(
+        self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with self.lock:
+            return forward_residual(
+                self.transformer, lambda: self.forward(latents, timestep, text, layers), residual
+            )
 
     def decoder(self) -> StreamingDecoder:
         return StreamingDecoder(self._vae())

@@ -1,0 +1,11 @@
+"""Reuse policies by name: for the command line, for snapshots, for tables. A policy registers by being a subclass."""
+
+from __future__ import annotations
+
+from ..named import Registry, describe
+from .base import ReusePolicy
+
+__all__ = ["available", "build", "describe", "parse"]
+
+_REGISTRY = Registry(ReusePolicy, "reuse policy")
+available, build, parse = _REGISTRY.available, _REGISTRY.build, _REGISTRY.parse

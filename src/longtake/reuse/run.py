@@ -1,0 +1,173 @@
+"""The bookkeeping of reuse in one take: measuring, asking the policy, keeping what may be reused, the log.
+
+A sampler does, for one row of chunks in flight:
+
+    compute = run.decide(turns, latents)                      one yes or no per chunk
+    for each computed chunk:  run.keep(turn, x, velocity)      velocity: guidance included
+    for each reused chunk:    velocity = run.carried(turn, x)
+    when a chunk is done:     decisions = run.finish(chunk)
+
+With the "residual" carry it keeps `run.state(chunk).residuals[stream]` instead, and hands it to
+`host.forward_residual`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LongtakeError
+from .base import Decision, NoReuse, ReusePolicy, ReuseState, Turn
+from .metric import Change
+
+Feature = Callable[[str, Tensor | None, float], Tensor]
+"""(metric, latents [B, C, f, h, w] or None for "timestep", timestep) → fp32 feature [B or 1, …]."""
+
+
+class ReuseRun:
+    """The reuse of one take under one (resolved) policy.
+
+    `feature` is the host's. `renoised` says that the sampler adds fresh noise after every step: a velocity then belongs
+    to noise that is gone, and what carries over is the prediction x0 = x − σ·v. (Where x follows v, both are the same.)
+    """
+
+    def __init__(self, policy: ReusePolicy, feature: Feature, *, renoised: bool = False) -> None:
+        if renoised and policy.carries() == "update":
+            raise LongtakeError(
+                "carry 'update' repeats a change of the latents, but this sampler adds fresh noise after every step: "
+                "use carry=velocity or carry=residual"
+            )
+        self.policy, self.feature, self.renoised = policy, feature, renoised
+        self.states: dict[int, ReuseState] = {}
+        self.shared = ReuseState()
+        self._by_timestep: dict[tuple[float, float], Change] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything may ever be reused."""
+        return not isinstance(self.policy, NoReuse)
+
+    @property
+    def carries_residual(self) -> bool:
+        return self.active and self.policy.carries() == "residual"
+
+    def state(self, chunk: int) -> ReuseState:
+        return self.states.setdefault(chunk, ReuseState())
+
+    def decide(self, turns: Sequence[Turn], latents: Sequence[Tensor]) -> list[bool]:
+        """Whether each turn's chunk is computed; `latents` are theirs, before the step."""
+        states = [self.state(turn.chunk) for turn in turns]
+        decisions = self.policy.decide(turns, states, self._changes(turns, latents), self.shared)
+        for decision, state in zip(decisions, states, strict=True):
+            if decision.reused and state.carry is None and not state.residuals:
+                raise RuntimeError(
+                    f"{type(self.policy).__name__} reuses step {decision.index} of chunk {decision.chunk}, but "
+                    "nothing was computed before it"
+                )
+            state.done += 1
+            if self.active:
+                state.decisions.append(decision)
+        return [not decision.reused for decision in decisions]
+
+    def keep(self, turn: Turn, x: Tensor, velocity: Tensor) -> None:
+        """A computed step's velocity, guidance included, for the steps that may reuse it."""
+        if not self.active or self.carries_residual:
+            return
+        state = self.state(turn.chunk)
+        state.carry_width = turn.next_sigma - turn.sigma
+        state.carry = (x.double() - turn.sigma * velocity.double()).float() if self.renoised else velocity
+
+    def carried(self, turn: Turn, x: Tensor) -> Tensor:
+        """The velocity of a reused step from latents x."""
+        state = self.state(turn.chunk)
+        if state.carry is None:
+            raise RuntimeError(f"chunk {turn.chunk} has nothing to reuse")
+        if self.renoised:
+            return (x.double() - state.carry.double()) / turn.sigma
+        if self.policy.carries() == "update":
+            return state.carry * (state.carry_width / (turn.next_sigma - turn.sigma))
+        return state.carry
+
+    def finish(self, chunk: int) -> tuple[Decision, ...]:
+        """Forget a chunk; what was decided for it. What belongs to the take goes with the last chunk in flight where
+        chunks come one by one."""
+        decisions = tuple(self.states.pop(chunk, ReuseState()).decisions)
+        if self.renoised:
+            self.shared = ReuseState()
+        return decisions
+
+    def schedule(self, turns: Sequence[Turn]) -> list[Decision] | None:
+        """The decisions of a chunk's turns, where they are known before the take: with a metric that holds nothing of
+        the video, or none. None where they are not."""
+        if self.policy.measure() == "latent":
+            return None
+        ahead = ReuseRun(self.policy, self.feature, renoised=self.renoised)
+        decisions = []
+        for turn in turns:
+            state = ahead.state(turn.chunk)
+            change = ahead._changes([turn], [torch.empty(0)])
+            decisions += self.policy.decide([turn], [state], change, ahead.shared)
+            state.done += 1
+        return decisions
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a continuation depends on: tensors by name, and the rest fit for JSON."""
+        tensors: dict[str, Tensor] = {}
+        chunks = {}
+        for chunk, state in self.states.items():
+            held = {"before": state.before, "carry": state.carry}
+            held |= {f"residual/{stream}": x for stream, x in state.residuals.items()}
+            tensors |= {f"{chunk}/{name}": x for name, x in held.items() if x is not None}
+            chunks[str(chunk)] = {
+                "timestep": state.timestep, "accumulator": state.accumulator, "done": state.done,
+                "carry_width": state.carry_width, "decisions": [asdict(d) for d in state.decisions],
+            }  # fmt: skip
+        return tensors, {"chunks": chunks, "accumulator": self.shared.accumulator, "done": self.shared.done}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.shared = ReuseState(accumulator=meta["accumulator"], done=meta["done"])
+        self.states = {}
+        for chunk, told in meta["chunks"].items():
+            decisions = [Decision(**d) for d in told["decisions"]]
+            state = ReuseState(**{**told, "decisions": decisions})
+            state.before, state.carry = tensors.get(f"{chunk}/before"), tensors.get(f"{chunk}/carry")
+            start = f"{chunk}/residual/"
+            state.residuals = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+            self.states[int(chunk)] = state
+
+    def _changes(self, turns: Sequence[Turn], latents: Sequence[Tensor]) -> list[Change | None]:
+        """How far each chunk has moved since its previous step; remembers where it stands now."""
+        metric = self.policy.measure()
+        if metric is None:
+            return [None] * len(turns)
+        changes: list[Change | None] = [None] * len(turns)
+        pairs, places = [], []
+        for i, (turn, x) in enumerate(zip(turns, latents, strict=True)):
+            state = self.state(turn.chunk)
+            before, state.timestep = state.timestep, turn.timestep
+            if metric == "timestep":
+                if before is not None:
+                    changes[i] = self._of_timesteps(before, turn.timestep)
+                continue
+            old, state.before = state.before, x.detach().clone()
+            if old is not None:
+                pairs.append((self.feature(metric, x, turn.timestep), self.feature(metric, old, turn.timestep)))
+                places.append(i)
+        for place, change in zip(places, Change.between(pairs), strict=True):
+            changes[place] = change
+        return changes
+
+    def _of_timesteps(self, before: float, now: float) -> Change:
+        if (before, now) not in self._by_timestep:
+            pair = tuple(self.feature("timestep", None, t) for t in (now, before))
+            self._by_timestep[before, now] = Change.between([pair])[0]  # type: ignore[list-item]
+        return self._by_timestep[before, now]
