@@ -6,7 +6,7 @@ breaks nesting and frame arithmetic. Positions are *shifts* in latent frames, de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,7 +32,10 @@ class HistoryShape:
     streams: int = 1  # guidance branches, each with its own K/V
     frames: int | None = None  # latent frames of the whole take, if its end is known
     anchor_tokens: int = 0  # tokens of anchor blocks a host puts before the first frame (Lumos-1: the prompt)
+    structural_tokens: int = 0  # of a frame: what frames its content (Lumos-1: begin, height, width, end)
+    decay: float | None = None  # measured fall of attention per latent frame of distance, if the model's is known
     compressed_tokens: int = 0  # of a chunk's compressed form; 0: the take has no compressor
+    live_chunks: int = 1  # most chunks in flight at once (staggered samplers)
 
     @property
     def token_bytes(self) -> int:
@@ -46,6 +49,11 @@ class HistoryShape:
     @property
     def chunk_tokens(self) -> int:
         return self.tokens_per_frame * self.chunk_frames
+
+    @property
+    def live_frames(self) -> int:
+        """Most latent frames in flight at once."""
+        return self.chunk_frames * self.live_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +140,7 @@ class Entry:
     tokens: TokenSet | None = None
     shift: float = 0
     log_weight: float = 0.0  # added to the logits of these keys
+    heads: Mapping[str, Tensor] | None = None  # stream → [L, B, H] bool: which heads see it; None: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +148,20 @@ class Choose:
     """An open entry: `k` of the candidate blocks, picked per layer by `policy.score` with the queries of the first
     forward that needs them, then frozen for the life of the plan. All candidates own equally many tokens.
 
-    The i-th picked block, in time order, is moved to start at `starts[i]` (None: it stays where it was).
+    The i-th picked block, in time order, is moved to start at `starts[i]` (None: it stays where it was). While they are
+    scored, candidate i stands at `scored_at[i]` (None: where it was). The score gets one key sum per candidate, or with
+    `evidence="keys"` all their keys, of which each block is then worth the sum.
+    `shared` makes one choice for all layers, before the first forward, with the query sums that the last commit pass
+    left in every layer (the policy `requires` "query_sums"), as though they stood where the chunk in flight stands.
     """
 
     candidates: tuple[int, ...]
     k: int
     form: str = FULL
     starts: tuple[float, ...] | None = None
+    scored_at: tuple[float, ...] | None = None
+    evidence: str = "sums"  # or "keys"
+    shared: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +172,8 @@ class Fuse:
     (None), the history asks `policy.score` for the best `n` with the queries of the first forward that needs them,
     every stream for itself.
     Survivors are stored in ascending order, or with `sort=False` best first (the published FlowCache pools its scores
-    over that order).
+    over that order). With `per_frame` they move, in order, to consecutive frames from the first block's first frame on,
+    so many to a frame (Deep Forcing's unified positions); else each keeps its own.
     """
 
     blocks: tuple[int, ...]
@@ -164,6 +181,7 @@ class Fuse:
     keep: Tensor | Mapping[str, Tensor] | None = None
     shift: float = 0
     sort: bool = True
+    per_frame: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +200,12 @@ class Plan:
     entries: tuple[Entry | Choose | Fuse, ...] = ()
     drops: tuple[Drop, ...] = ()
     live_shift: float = 0  # moves the chunk in flight itself (a RoPE cut)
-    # Blocks whose keys `score` gets at the policy's moment, if the pass sees them; None: all it sees. Blocks that are
-    # being fused stand for what they become.
+    # Blocks whose keys `score` gets at the policy's moment, if the pass sees them; None: all it sees; (): nothing is
+    # scored, and what was scored before stays. Blocks that are being fused stand for what they become.
     observe: tuple[int, ...] | None = None
     forms: tuple[str, ...] = ()  # in which the chunk in flight is to be written besides `full`: (COMPRESSED,)
+    away: tuple[tuple[int, str], ...] = ()  # forms (block, form) that move to host memory, for good
+    score: Callable[[Tensor, Tensor], Tensor] | None = None  # in place of the policy's, with what this plan knows
 
 
 @dataclass(frozen=True, eq=False)
