@@ -6,7 +6,7 @@ by 0.4 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def forward_residual(transformer: Any, call: Callable[[], Tensor], residual: Ten
     `residual` of an earlier call this is added instead, and no block runs. Hold the host's lock."""
     blocks = transformer.blocks
     stack = _Stack(blocks, residual)
-    transformer._modules["blocks"] = nn.ModuleList([stack])
+    transformer._modules["blocks"] = stack
     try:
         out = call()
     finally:
@@ -47,15 +47,24 @@ def forward_residual(transformer: Any, call: Callable[[], Tensor], residual: Ten
 
 
 class _Stack(nn.Module):
-    """All blocks as one, for one call."""
+    """The blocks, which are one for whoever walks through them."""
 
     def __init__(self, blocks: nn.ModuleList, residual: Tensor | None) -> None:
         super().__init__()
         self.__dict__["blocks"] = blocks  # not a child: the weights stay where they are
         self.residual, self.reuses = residual, residual is not None
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self.blocks[number]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
     def forward(self, hidden: Tensor, *conditions: Any) -> Tensor:
-        if self.reuses:
+        if self.residual is not None and self.reuses:
             return hidden + self.residual
         out = hidden
         for block in self.blocks:

@@ -5,7 +5,8 @@ is reused is the `carry`:
 
 * "velocity": the last computed velocity, applied over the new step's own change of noise level.
 * "update": the last computed update Δx, unscaled, as published for MAGI-1: where steps grow, it falls short.
-* "residual": what the model's block stack added to its input, per guidance stream; embedding and head are computed anew.
+* "residual": what the model's block stack added to its input, per guidance stream; embedding and head are computed
+  anew.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,10 +32,10 @@ class Change:
         """The change of each (feature, feature before), both [B, …]: one transfer from the device for all of them."""
         if not pairs:
             return []
-        means = [
-            torch.stack([(now.float() - old.float()).abs().flatten(1).mean(1), old.float().abs().flatten(1).mean(1)])
-            for now, old in pairs
-        ]
+        means = []
+        for now, old in pairs:
+            now, old = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (now, old))
+            means.append(torch.stack([x.abs().flatten(1).mean(1) for x in (now - old, old)]))
         values = torch.stack(means).tolist()
         return [
             cls(tuple(moved), tuple(size), now[0].numel())
@@ -54,4 +55,7 @@ class Change:
 
 
 def _ratio(moved: float, size: float) -> float:
-    return moved / size if size > 0 else 0.0 if moved == 0 else float("inf")
+    """In fp32, as the means are: a change of exactly a threshold must come out as that, and compute."""
+    if size == 0:
+        return 0.0 if moved == 0 else float("inf")
+    return float(np.float32(moved) / np.float32(size))

@@ -14,6 +14,10 @@ POLYNOMIALS: dict[str, tuple[float, ...]] = {
     "identity": (1.0, 0.0),
     "wan2.1-1.3b": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
     "wan2.1-14b": (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+    # fitted for the time embedding before its projection, which is not what "timestep" measures: published runs without
+    # a long warm-up use them all the same
+    "wan2.1-1.3b-embedding": (2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1),
+    "wan2.1-14b-embedding": (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
 }
 
 
