@@ -252,6 +252,7 @@ class Session:
         # one frame more than the chunks, for a first image
         frames = None if self.chunks is None else self.chunks * self.geometry.chunk_frames + 1
         shape = replace(history_shape(self.host, self.geometry, self.batch, len(self._streams)), frames=frames)
+        self.policy = self.policy.settle(shape)
         self.policy.check(shape)
         capacity, visible = self.policy.capacity(shape), self.policy.visible(shape)
         if memory_limit is not None:
@@ -439,7 +440,7 @@ def history_shape(host: Host, geometry: Geometry, batch: int = 1, streams: int =
     itemsize = torch.empty((), dtype=host.dtype).element_size()
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
-        batch, streams,
+        batch, streams, decay=host.config.decay,
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class HostConfig:
     training_frames: int = 21  # latent frames of a training clip
     window: int | None = None  # latent frames attended at inference, the chunk in flight included
     sink: int | None = None
+    decay: float | None = None  # fall of attention per latent frame of distance, as `longtake analyze decay` finds it
     reuse: str = ""  # name of its reuse thresholds; empty: those of `host`
     prompts: tuple[str, ...] = ()  # examples
     about: str = ""

@@ -1,8 +1,22 @@
 """KV policies, one file per method: what of the past is kept and seen."""
 
 from .base import KVPolicy
+from .equal_budget import LastFrames, SinkWindow, Uniform
 from .full_history import FullHistory
+from .packcache import PackCache
 from .registry import available, build, describe, parse
 from .sliding_window import SlidingWindow
 
-__all__ = ["FullHistory", "KVPolicy", "SlidingWindow", "available", "build", "describe", "parse"]
+__all__ = [
+    "FullHistory",
+    "KVPolicy",
+    "LastFrames",
+    "PackCache",
+    "SinkWindow",
+    "SlidingWindow",
+    "Uniform",
+    "available",
+    "build",
+    "describe",
+    "parse",
+]

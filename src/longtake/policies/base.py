@@ -23,7 +23,8 @@ class KVPolicy(ABC):
 
     name: ClassVar[str] = ""
     moment: ClassVar[str | None] = None  # when `score` is called: "commit", "first_step", "last_forward" or never
-    requires: ClassVar[frozenset[str]] = frozenset()  # what else is to be collected: "key_sums"
+    # What else is to be collected: "key_sums"; and "compressed", where `Plan.forms` may ask for compressed forms.
+    requires: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def plan(self, table: BlockTable, signals: Signals) -> Plan:
@@ -51,6 +52,12 @@ class KVPolicy(ABC):
 
         Raises LongtakeError when even the smallest configuration does not fit."""
         raise LongtakeError(f"{self.name or type(self).__name__} cannot be fitted to a byte budget")
+
+    def settle(self, shape: HistoryShape) -> Self:
+        """This policy with whatever its options leave to be measured on the model. A session calls it first.
+
+        Raises LongtakeError, with advice, if the model has no such measurement."""
+        return self
 
     def check(self, shape: HistoryShape) -> None:  # noqa: B027 (most configurations always work)
         """Raise LongtakeError, with advice, if this configuration cannot work for such a take."""
