@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import LongtakeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ class Geometry:
     @property
     def tokens_per_frame(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def packable(self) -> range | Tensor | None:
+        """Tokens of a chunk that a policy may drop one by one; None: all."""
+        return None
+
+    @property
+    def structural(self) -> range | Tensor:
+        """Tokens of a chunk that frame its content."""
+        return range(0)
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` from the start of a video decode to."""

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import LongtakeError
+
 Pairing = Literal["interleaved", "half"]
 
 
@@ -94,3 +96,13 @@ def wan_table(head_dim: int, theta: float = 10000.0) -> RotaryTable:
     axis = tuple(a for a, n in enumerate(counts) for _ in range(n))
     frequency = tuple(theta ** (-j / n) for n in counts for j in range(n))
     return RotaryTable(axis, frequency, "interleaved")
+
+
+def mm_rope_table(head_dim: int, theta: float = 10000.0) -> RotaryTable:
+    """MM-RoPE (Lumos-1): halves paired, one frequency ladder over the whole head, its pairs dealt to time, height and
+    width 2:3:3 with period 16. Raises LongtakeError for a head that the period does not divide."""
+    if head_dim % 32:
+        raise LongtakeError(f"MM-RoPE needs heads of a multiple of 32 channels, this model's have {head_dim}")
+    period = (0, 0, 0, 0, *((1, 1, 2, 2) * 3))
+    pairs = range(head_dim // 2)
+    return RotaryTable(tuple(period[i % 16] for i in pairs), tuple(theta ** (-2 * i / head_dim) for i in pairs), "half")

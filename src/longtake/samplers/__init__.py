@@ -1,1 +1,29 @@
-"""Samplers: how a chunk comes out of noise."""
+"""Samplers: how a chunk comes about. Which one is the host's to say, in its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .base import Sampler, Sampling
+from .chunked import ChunkedSampler, Schedule
+
+if TYPE_CHECKING:
+    from ..hosts.base import HostConfig
+
+__all__ = ["ChunkedSampler", "Sampler", "Sampling", "Schedule", "default_sampler"]
+
+
+def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler:
+    """The sampler a model is configured for, with `steps` instead of its own number of them."""
+    if config.sampler == "masked":
+        from .masked import MaskedSampler
+
+        steps = config.steps if steps is None else steps
+        sampler = MaskedSampler(
+            temperature=config.temperature, history_mask=config.history_mask, compat=config.compat
+        )
+        return sampler if steps is None else replace(sampler, steps=steps)
+    if steps is None:
+        return ChunkedSampler(Schedule.shifted(config.timesteps, config.shift))
+    return ChunkedSampler(Schedule.of_steps(steps, config.shift))

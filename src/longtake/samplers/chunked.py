@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LongtakeError
+from ..geometry import Geometry
+from .base import Sampler, Sampling
 
 CLEAN_TIMESTEP = 0.0  # of the commit pass
 
@@ -86,3 +88,24 @@ class NoiseSource:
     def restore(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
+
+
+@dataclass(frozen=True)
+class ChunkedSampler(Sampler):
+    """Noise in, x0 out, fresh noise after every step but the last; committed by a pass over the clean latents."""
+
+    schedule: Schedule
+
+    def noise(self, generators: Sequence[torch.Generator]) -> NoiseSource:
+        return NoiseSource(generators)
+
+    def sample(self, chunk: Sampling) -> Tensor:
+        geometry, (height, width) = chunk.geometry, chunk.geometry.latent_size
+        draw = lambda _: chunk.noise.draw(geometry.channels, geometry.chunk_frames, height, width).to(chunk.host.device)
+        return denoise(chunk.forward, draw(0), chunk.schedule, draw, chunk.predicted)
+
+    def commit_input(self, x0: Tensor, geometry: Geometry, stream: str, given: bool = False) -> tuple[Tensor, float]:
+        return x0, CLEAN_TIMESTEP
+
+    def sound(self, x0: Tensor) -> Tensor:
+        return torch.isfinite(x0).all()

@@ -1,0 +1,156 @@
+"""Lumos-1 against the numbers of the original model and of its generation loop, on the session everyone uses."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake import FullHistory, Session
+from longtake.hosts.lumos import Lumos, LumosGeometry, Vocabulary
+from longtake.hosts.lumos.sequence import frame_ids, frame_positions, text_positions
+from longtake.samplers.masked import history_pattern
+
+from .lumos import CHANCE, CONFIG, GEOMETRY, HEADER, IMAGE, LOOP, PROMPT, N
+from .lumos import Fed, GivenCodes, forward_golden, given_codes, golden_model, settings  # noqa: I001
+
+TEXTS = {"cond": len(PROMPT), "uncond": len(HEADER)}
+TAKES = [(task, mode) for task in ("t2v", "i2v") for mode in ("argmax", "pseudo_random")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model()
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return forward_golden()
+
+
+def host(model, **changes) -> Lumos:
+    return Lumos(model, settings(**changes), codec=GivenCodes(), name="golden")
+
+
+def take(model, task: str, mode: str, policy=None, **options) -> Session:
+    return Session(
+        host(model), policy or FullHistory(), prompt_embeds=torch.tensor([PROMPT]), noise=CHANCE[mode](),
+        image=IMAGE if task == "i2v" else None, decode=False, **options,
+    )  # fmt: skip
+
+
+def returned(task: str, frames: list[Tensor]) -> list[int]:
+    """What the original program returns: header, frames, and the end of the video."""
+    shown = [given_codes()] * (task == "i2v") + frames
+    ids = [frame_ids(torch.nn.functional.pad(x, (0, 1), value=-2), GEOMETRY, WORDS) for x in shown]
+    return [*HEADER, *torch.cat(ids, 1)[0].tolist(), 9005]
+
+
+WORDS = Vocabulary()
+
+
+def sequence(prefix: int, geometry: LumosGeometry, frames: int) -> Tensor:
+    """[T, 3] of a text followed by whole frames."""
+    return torch.cat([text_positions(prefix)[0], *(frame_positions(geometry, prefix, f)[0] for f in range(frames))])
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "size", "frames"),
+    [
+        ("", len(PROMPT), (64, 96), 2),
+        ("example_cond_", len(PROMPT), (64, 64), 3),
+        ("example_uncond_", len(HEADER), (64, 64), 3),
+    ],
+)
+def test_every_token_stands_where_the_original_puts_it(golden, name, prefix, size, frames):
+    one_d, thw = golden[f"outputs/{name}positions"][0], golden[f"outputs/{name}positions"][1:].T
+    content = golden[f"outputs/{name}is_content"].bool()[:, None]
+    geometry = LumosGeometry(*size, 1, 1, 9, patch=(1, 1, 1))
+    assert torch.equal(sequence(prefix, geometry, frames), torch.where(content, thw, one_d[:, None]).double())
+
+
+def test_the_rotary_table_gives_the_original_rotation(golden, model):
+    phases = host(model).rotary.phases(sequence(len(PROMPT), GEOMETRY, 2)).repeat(1, 2, 1)  # both halves alike
+    # the original multiplies in fp32: at position 232 one rounding of the angle is 1.5e-5
+    assert (phases[..., 0] - golden["outputs/rope_cos"]).abs().max() < 3e-5
+    assert (phases[..., 1] - golden["outputs/rope_sin"]).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, residency):
+    """Text, then the visible frame, then a masked one, none of them under a mask."""
+    here = host(model, guidance_scale=1.0)
+    session = Session(
+        here, FullHistory(), prompt_embeds=torch.tensor([PROMPT]), image=IMAGE, decode=False, residency=residency,
+    )  # fmt: skip
+    columns = golden["inputs/logit_columns"]
+    block = session._admit(1)
+    masked = torch.nn.functional.pad(torch.full((1, 1, 1, *GEOMETRY.latent_size), -1), (0, 1), value=-2)
+    session.history.layers("cond", block)  # a pass that leaves no trace
+    hidden = here.forward(masked, 0.0, session._streams["cond"].text, session.history.layers("cond", block, write=True))
+    session.history.commit(block)
+    visual = here.logits(hidden.unflatten(1, GEOMETRY.grid)[:, :, :-1].flatten(1, 2))[0]
+    torch.testing.assert_close(visual, golden["outputs/visual_logits_last_frame"], rtol=0, atol=5e-5)
+    rows = golden["inputs/logit_rows"]
+    last = rows[(rows >= len(PROMPT) + N + 3) & (rows < len(PROMPT) + 2 * N - 1)]
+    at = torch.isin(rows, last)
+    scores = model.logits(hidden[0, last - len(PROMPT) - N - 3])
+    torch.testing.assert_close(scores[:, columns], golden["outputs/logits"][at], rtol=0, atol=5e-5)
+
+    store = session.history.stores["cond"]
+    held = torch.cat([store.held[(b.id, "full")].rows for b in session.history.table().blocks])
+    for layer in range(here.layers):
+        kept = here.rotary.rotate(store.k[layer][:, held], here.rotary.phases(store.base[held]))
+        torch.testing.assert_close(kept[0].transpose(0, 1), golden[f"outputs/cache_layer{layer}_k"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        store.v[1][0, held].transpose(0, 1), golden["outputs/cache_layer1_v"], rtol=0, atol=5e-5
+    )
+    assert torch.equal(golden["inputs/ids"], torch.cat([
+        torch.tensor(PROMPT), *(frame_ids(x, GEOMETRY, here.words)[0] for x in (
+            torch.nn.functional.pad(given_codes(), (0, 1), value=-2), masked)),
+    ]))  # fmt: skip
+
+
+def test_the_history_mask_is_spread_as_the_original_spreads_it():
+    pattern, example = LOOP["history_mask_pattern"], LOOP["history_mask_pattern_example"]
+    content = GEOMETRY.tokens_per_frame - 4
+    assert history_pattern(content, CONFIG["history_mask_ratio"]).tolist() == pattern["indices"]
+    assert history_pattern(example["content_positions"], example["ratio"]).tolist() == example["indices"]
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+@pytest.mark.parametrize(("task", "mode"), TAKES)
+def test_generation_equals_the_original_token_for_token(model, task, mode, residency):
+    expected = LOOP[mode][task]
+    session = take(model, task, mode, residency=residency)
+    fed = Fed(session.host)
+    steps, frames = CONFIG["steps"], []
+    for frame in expected["frames"]:
+        lengths = {name: int(store.used.sum()) for name, store in session.history.stores.items()}
+        chunk = next(session)
+        frames.append(chunk.latents[None])
+        if len(frames) > 1 or task == "i2v":
+            assert lengths == {"cond": frame["cache_length_cond"], "uncond": frame["cache_length_uncond"]}
+        passes = fed.content[-2 * steps - 2 :]
+        inputs = [x[..., :-1].flatten().tolist() for x in passes[:-2:2]]
+        assert inputs == frame["step_inputs"]
+        assert all(torch.equal(a, b) for a, b in zip(passes[::2], passes[1::2], strict=True))  # both streams alike
+        assert chunk.latents.flatten().tolist() == frame["final"]
+        assert fed.ids()[-1].tolist() == frame["write_pass_ids"]
+    assert hashlib.sha1(",".join(map(str, returned(task, frames))).encode()).hexdigest()[:16] == expected["sha1_16"]
+    assert returned(task, frames) == expected["returned_ids"]
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_each_stream_counts_positions_from_its_own_text(model, task):
+    session = take(model, task, "argmax")
+    for frame in LOOP["argmax"][task]["frames"]:
+        texts = {name: stream.text for name, stream in session._streams.items()}
+        at = session.host.stream_positions(GEOMETRY, frame["latent_frame"], 1, texts)
+        for name in TEXTS:
+            base, _ = at[name]
+            assert base[GEOMETRY.structural].tolist() == [[u, u, u] for u in frame[f"structural_positions_{name}"]]
+            assert base[3:-1, 0].unique().tolist() == [frame[f"content_t_{name}"]]
+        assert at["cond"][0][3, 1:].tolist() == frame["content_h0_w0_cond"]
