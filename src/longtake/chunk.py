@@ -27,12 +27,13 @@ class ChunkStats:
     history_bytes: int  # K/V rows in use
     forwards: int  # computed, the commit pass included
     reused: int
+    compress_seconds: float = 0.0  # making the chunk's compressed form and its K/V
     decisions: tuple[Decision, ...] = ()  # of the reuse policy, step by step
 
     @property
     def overhead_seconds(self) -> float:
-        """Plan, view, bookkeeping: what is neither the model's forwards nor decoding."""
-        return self.seconds - self.forward_seconds - self.decode_seconds
+        """Plan, view, bookkeeping: what is neither the model's forwards, decoding nor compressing."""
+        return self.seconds - self.forward_seconds - self.decode_seconds - self.compress_seconds
 
 
 @dataclass

@@ -77,8 +77,8 @@ class StreamingDecoder:
     def _pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the pixel frames of one latent frame after the other, each [B, 3, 1 or 4, H, W]."""
         self._check(latents)
-        device, dtype = _awake(self.vae)
-        mean, std = _mean_std(self.vae, device)
+        device, dtype = awake(self.vae)
+        mean, std = mean_std(self.vae, device)
         x = self.vae.post_quant_conv((latents.to(device, mean.dtype) * std + mean).to(dtype))
         self._torn = True
         for i in range(x.shape[2]):
@@ -158,7 +158,7 @@ class StreamingDecoder:
         unknown = [slot for slot in slots if not (slot is None or slot == _NO_PAST or isinstance(slot, (list, tuple)))]
         if names != set(tensors) or unknown:
             raise LongtakeError("decoder snapshot's tensors do not match its metadata; take the snapshot again")
-        device, _ = _awake(self.vae)
+        device, _ = awake(self.vae)
         cache = [
             _with_stride(tensors[f"slot.{i:03d}"], slot, device) if isinstance(slot, (list, tuple)) else slot
             for i, slot in enumerate(slots)
@@ -193,9 +193,9 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             f"video is {height}x{width}; height and width must be multiples of {factor}: "
             f"crop it to {height // factor * factor}x{width // factor * factor}"
         )
-    device, dtype = _awake(vae)
+    device, dtype = awake(vae)
     latents = vae.encode(video.to(device, dtype)).latent_dist.mode()
-    mean, std = _mean_std(vae, latents.device)
+    mean, std = mean_std(vae, latents.device)
     return ((latents.to(mean.dtype) - mean) / std).to(dtype)
 
 
@@ -207,12 +207,12 @@ def encode_first_frame(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
 
 
 @apply_forward_hook
-def _awake(vae: AutoencoderKLWan) -> tuple[torch.device, torch.dtype]:
+def awake(vae: AutoencoderKLWan) -> tuple[torch.device, torch.dtype]:
     """Where and in what the VAE computes; the decorator first wakes a VAE parked by `enable_model_cpu_offload`."""
     return vae.device, vae.dtype
 
 
-def _mean_std(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_std(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Latent statistics of the VAE's config, [1, C, 1, 1, 1] each, in fp32 or better: bf16 would cost 8 bits here."""
     dtype = torch.promote_types(vae.dtype, torch.float32)
     mean, std = (

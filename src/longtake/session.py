@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk, ChunkStats, Clock, SessionStats
+from .compressors import Compressor, TakeState
 from .errors import LongtakeError, NonFiniteError, PlanError
 from .geometry import Geometry
 from .history import History
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
-from .plan import HistoryShape
+from .plan import COMPRESSED, HistoryShape
 from .policies import KVPolicy, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule, denoise
@@ -41,6 +42,7 @@ class Session:
         prompt: a string, or a list of strings for takes in lockstep.
         prompt_embeds / negative_prompt_embeds: [B, T, d] instead of prompts.
         negative_prompt: for guidance; default empty.
+        compressor: what makes the compressed form of chunks, for policies that ask for it; default the model's own.
         image: first frame, float [3, H, W] or [B, 3, H, W] in [−1, 1]; it becomes latent frame 0.
         seed: one number (takes in lockstep get seed, seed + 1, …) or one per take; or `generator`, as in diffusers.
         height, width: pixels; default the model's.
@@ -62,6 +64,7 @@ class Session:
 
     def __init__(
         self, model: Host | Any, policy: KVPolicy | None = None, *, reuse: ReusePolicy | None = None,
+        compressor: Compressor | None = None,
         prompt: str | Sequence[str] | None = None, prompt_embeds: Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None, negative_prompt_embeds: Tensor | None = None,
         image: Tensor | None = None, seed: int | Sequence[int] = 0,
@@ -82,6 +85,10 @@ class Session:
             raise LongtakeError(f"{chunks} chunks: ask for at least 1, or None for an endless take")
         self.policy = policy or default_policy(self.host)
         self.reuse = (reuse or NoReuse()).for_model(self.host.reuse_preset)
+        if not isinstance(compressor, Compressor | None):
+            raise LongtakeError(f"compressor={compressor!r}: give a compressor, e.g. MeanPool(), or None")
+        wanted = "compressed" in self.policy.requires
+        self.compressor = (compressor or self.host.compressor) if wanted else None
         self.geometry: Geometry = self.host.geometry(height, width)
         self.chunks = chunks
         self.guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -114,7 +121,12 @@ class Session:
 
         self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
         self.history = self._make_history(residency, memory_limit)
-        self.decoder: Decoder | None = self.host.decoder() if decode else None
+        self.decode = decode
+        seen = self.compressor is not None and self.compressor.wants_pixels
+        self.decoder: Decoder | None = self.host.decoder() if decode or seen else None
+        self._ahead: tuple[Tensor, Tensor] | None = None  # latents and frames of a chunk decoded but not committed
+        self._compressing = TakeState()
+        self._tokens: dict[int, Tensor] = {}  # block → compressed tokens [B, n, d], where latents are kept
         self._latents: dict[int, Tensor] | None = {} if keep_latents else None  # block → latents [B, C, f, h, w]
         self.frame = 0  # next latent frame
         self.index = 0  # next chunk
@@ -150,16 +162,19 @@ class Session:
             decode_started = time.perf_counter()
             frames = self._decode(x0)
             decode_seconds = time.perf_counter() - decode_started
+            compressed = self._compress(x0, frames, block)
+            compress_seconds = time.perf_counter() - decode_started - decode_seconds
         except BaseException:
             self.history.abandon(block)
             self._restore_noise(rng)
             self._reuse.finish(self.index)
             raise
-        self._commit(block, x0)
+        self._commit(block, x0, compressed)
+        frames = self._show(frames)
         stats = ChunkStats(
             self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
             time.perf_counter() - started, clock.seconds, decode_seconds, attended, self.history.held_bytes,
-            clock.forwards, clock.reused,
+            clock.forwards, clock.reused, compress_seconds,
             decisions=self._reuse.finish(self.index),
         )  # fmt: skip
         self.frame += self.geometry.chunk_frames
@@ -207,6 +222,8 @@ class Session:
                 plan = self.policy.plan(table, self.history.signals(self.index))
                 self.history.apply(replace(plan, drops=()))
                 self._forward_all(self._latents[block], CLEAN_TIMESTEP, block, Clock(), write=True)
+                if COMPRESSED in table.live[0].forms:
+                    self._carry(self._tokens[block], block)
                 self.history.commit(block)
             except BaseException:
                 self.history.abandon(block)
@@ -223,6 +240,7 @@ class Session:
         parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
         parts["decoder"] += self._first_frames.nbytes if self._first_frames is not None else 0
         parts["latents"] = sum(latents.nbytes for latents in (self._latents or {}).values())
+        parts["compressor"] = self._compressing.nbytes + sum(tokens.nbytes for tokens in self._tokens.values())
         parts["reuse"] = self._reuse.nbytes
         return {**parts, "total": sum(parts.values())}
 
@@ -239,19 +257,23 @@ class Session:
 
     @classmethod
     def restore(
-        cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None
-    ) -> Session:
-        """A session as it was at `snapshot`. `policy` and `reuse` are needed only if no name is registered for them."""
+        cls, path: Any, model: Host | Any, policy: KVPolicy | None = None, reuse: ReusePolicy | None = None,
+        compressor: Compressor | None = None,
+    ) -> Session:  # fmt: skip
+        """A session as it was at `snapshot`. `policy` and `reuse` are needed only if no name is registered for them,
+        `compressor` if it was not the model's own."""
         from .snapshot import restore
 
-        return restore(cls, path, model, policy, reuse)
+        return restore(cls, path, model, policy, reuse, compressor)
 
     # --- within -----------------------------------------------------------------------------------------------------
 
     def _make_history(self, residency: str, memory_limit: int | None) -> History:
         # one frame more than the chunks, for a first image
         frames = None if self.chunks is None else self.chunks * self.geometry.chunk_frames + 1
-        shape = replace(history_shape(self.host, self.geometry, self.batch, len(self._streams)), frames=frames)
+        shape = replace(
+            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor), frames=frames
+        )
         self.policy = self.policy.settle(shape)
         self.policy.check(shape)
         capacity, visible = self.policy.capacity(shape), self.policy.visible(shape)
@@ -282,7 +304,13 @@ class Session:
         base, step = self.host.positions(self.geometry, self.frame, span)
         block = self.history.admit(self.frame, span, (base, step), grid=self.geometry.grid)
         try:
-            self.history.apply(self.policy.plan(self.history.table(), self.history.signals(self.index)))
+            plan = self.policy.plan(self.history.table(), self.history.signals(self.index))
+            if COMPRESSED in plan.forms:
+                if self.compressor is None:
+                    raise PlanError('it asks for compressed forms: let its `requires` name "compressed"')
+                small = self.compressor.positions(base, step, self.geometry, span)
+                self.history.add_form(block, COMPRESSED, small)
+            self.history.apply(plan)
         except BaseException as error:
             self.history.abandon(block)
             if isinstance(error, PlanError):
@@ -290,11 +318,45 @@ class Session:
             raise
         return block
 
-    def _commit(self, block: int, latents: Tensor) -> None:
+    def _commit(self, block: int, latents: Tensor, compressed: tuple[Tensor | None, TakeState]) -> None:
         self.history.commit(block)
+        self._ahead = None
+        tokens, self._compressing = compressed
         if self._latents is not None:
             held = {b.id for b in self.history.table().blocks}
             self._latents = {b: kept for b, kept in self._latents.items() if b in held} | {block: latents}
+            self._tokens = {b: kept for b, kept in self._tokens.items() if b in held}
+            if tokens is not None:
+                self._tokens[block] = tokens
+
+    def _compress(self, latents: Tensor, frames: Tensor | None, block: int) -> tuple[Tensor | None, TakeState]:
+        """The compressed tokens of a chunk, their K/V written if its plan asked for that form, and what the compressor
+        remembers of the take after it."""
+        if self.compressor is None:
+            return None, self._compressing
+        pixels = frames if self.compressor.wants_pixels else None
+        with self.host.lock, torch.no_grad():
+            tokens, state = self.compressor.compress(latents, pixels, self._compressing, self.host, self.geometry)
+        if COMPRESSED not in self.history.table().live[-1].forms:
+            return None, state
+        self._carry(tokens, block)
+        return tokens, state
+
+    def _carry(self, tokens: Tensor, block: int) -> None:
+        """Give compressed tokens their K/V in every layer and stream: part of the commit pass, before the table
+        changes."""
+        assert self.compressor is not None
+        for name, stream in self._streams.items():
+            layers = self.history.layers(name, block, form=COMPRESSED, write=True)
+            if self.compressor.carry == "projection":
+                written = self.host.project(tokens, layers)
+            else:
+                written = self.host.carry(tokens, CLEAN_TIMESTEP, stream.text, layers)
+            if not (torch.isfinite(tokens).all() & torch.isfinite(written).all()).item():
+                raise NonFiniteError(
+                    f"the compressed form of chunk {self.index} has NaN or infinite values and was not committed: "
+                    "try another dtype or compressor"
+                )
 
     def _denoise(self, block: int, clock: Clock) -> Tensor:
         height, width = self.geometry.latent_size
@@ -367,10 +429,23 @@ class Session:
         ]
 
     def _decode(self, latents: Tensor) -> Tensor | None:
+        """The chunk's own frames. They are kept until it is committed: a decoder cannot go back."""
         if self.decoder is None:
             return None
-        with self.host.lock:
-            frames = self.decoder.push(latents).cpu()
+        if self._ahead is None:
+            with self.host.lock:
+                self._ahead = latents, self.decoder.push(latents).cpu()
+        elif not torch.equal(self._ahead[0], latents):
+            raise LongtakeError(
+                "the last chunk was interrupted after it had been decoded, and now another would take its place: "
+                "go back with Session.restore(snapshot)"
+            )
+        return self._ahead[1]
+
+    def _show(self, frames: Tensor | None) -> Tensor | None:
+        """A chunk's frames as they are handed out: behind those of a first image, and only if they are wanted."""
+        if frames is None or not self.decode:
+            return None
         if self._first_frames is not None:
             frames = torch.cat((self._first_frames, frames), 1)
             self._first_frames = None
@@ -389,8 +464,9 @@ class Session:
         written = self._forward_all(latents, CLEAN_TIMESTEP, block, Clock(), write=True)
         if not (torch.isfinite(latents).all() & torch.isfinite(written).all()).item():
             raise NonFiniteError("the first image leads to NaN or infinite values: is it finite, and in [-1, 1]?")
-        self._commit(block, latents)
-        self._first_frames = self._decode(latents)
+        frames = self._decode(latents)
+        self._commit(block, latents, self._compress(latents, frames, block))
+        self._first_frames = frames if self.decode else None
         self.frame = 1
 
     def _obey(self) -> None:
@@ -435,12 +511,14 @@ def default_policy(host: Host) -> KVPolicy:
     return SlidingWindow(frames, min(sink, frames - config.chunk_frames))
 
 
-def history_shape(host: Host, geometry: Geometry, batch: int = 1, streams: int = 1) -> HistoryShape:
-    """The sizes a policy needs, of a take of `host` at `geometry`."""
+def history_shape(
+    host: Host, geometry: Geometry, batch: int = 1, streams: int = 1, compressor: Compressor | None = None
+) -> HistoryShape:
+    """The sizes a policy needs, of a take of `host` at `geometry`; without a compressor, the model's own counts."""
     itemsize = torch.empty((), dtype=host.dtype).element_size()
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
-        batch, streams, decay=host.config.decay,
+        batch, streams, decay=host.config.decay, compressed_tokens=(compressor or host.compressor).tokens(geometry),
     )  # fmt: skip
 
 

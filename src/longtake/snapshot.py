@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import policies
 from . import reuse as reuse_policies
+from .compressors import Compressor, TakeState
 from .errors import LongtakeError
 from .history import History
 from .history.store import Rows
@@ -32,7 +33,7 @@ from .samplers.chunked import NoiseSource
 if TYPE_CHECKING:
     from .session import Session
 
-FORMAT = 1
+FORMAT = 2
 
 
 def environment() -> dict[str, str]:
@@ -61,6 +62,12 @@ def save(session: Session, path: Any) -> None:
         tensors[f"latents/{block}"] = latents
     if session._first_frames is not None:
         tensors["first_frames"] = session._first_frames
+    if session._ahead is not None:
+        tensors["ahead/latents"], tensors["ahead/frames"] = session._ahead
+    for block, tokens in session._tokens.items():
+        tensors[f"tokens/{block}"] = tokens
+    compressing, compressor_meta = session._compressing.state_dict()
+    tensors.update({f"compressor/{k}": v for k, v in compressing.items()})
     decoder_meta = None
     if session.decoder is not None:
         decoder, decoder_meta = session.decoder.state_dict()
@@ -73,7 +80,8 @@ def save(session: Session, path: Any) -> None:
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
-        "keep_latents": session._latents is not None,
+        "keep_latents": session._latents is not None, "decode": session.decode,
+        "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
         "decoder": decoder_meta, "history": meta, "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -109,8 +117,9 @@ def describe(path: Any) -> dict[str, Any]:
 
 
 def restore(
-    cls: type[Session], path: Any, model: Host | Any, policy: KVPolicy | None, reuse: ReusePolicy | None
-) -> Session:
+    cls: type[Session], path: Any, model: Host | Any, policy: KVPolicy | None, reuse: ReusePolicy | None,
+    compressor: Compressor | None = None,
+) -> Session:  # fmt: skip
     """See `Session.restore`."""
     description = describe(path)
     try:
@@ -148,9 +157,20 @@ def restore(
         height=description["height"], width=description["width"],
         generator=[torch.Generator(device) for device in description["generators"]],
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
-        chunks=description["chunks"], residency=description["residency"], decode=description["decoder"] is not None,
-        keep_latents=description["keep_latents"],
+        chunks=description["chunks"], residency=description["residency"], decode=description["decode"],
+        keep_latents=description["keep_latents"], compressor=compressor,
     )  # fmt: skip
+    made_by, ours = description["compressor"], session.compressor and session.compressor.describe()
+    if made_by != ours:
+        raise LongtakeError(
+            f"{path} was made with compressor {made_by}, this session has {ours}: pass that one as compressor="
+        )
+    held = {k.removeprefix("compressor/"): v for k, v in tensors.items() if k.startswith("compressor/")}
+    session._compressing = TakeState.of(held, description["compressing"], host.device)
+    kept = {k.removeprefix("tokens/"): v for k, v in tensors.items() if k.startswith("tokens/")}
+    session._tokens = {int(block): x.to(host.device) for block, x in kept.items()}
+    if "ahead/latents" in tensors:
+        session._ahead = tensors["ahead/latents"].to(host.device), tensors["ahead/frames"]
     session._prompt, session._negative = description["prompt"], description["negative"]
     session.lockstep = description["lockstep"]
     session.frame, session.index = description["frame"], description["index"]

@@ -159,8 +159,9 @@ class History:
             raise RuntimeError(f"block {block} cannot be written anew: it has lost tokens, or a chunk is in flight")
         positions = {}
         for stream, store in self.stores.items():
-            rows = store.held[(block, FULL)].rows.to(store.base.device)
-            positions[(stream, FULL)] = (store.base[rows], store.step[rows])
+            for form in old.forms:
+                rows = store.held[(block, form)].rows.to(store.base.device)
+                positions[(stream, form)] = (store.base[rows], store.step[rows])
         self._live[block] = Live(positions, reopened=True, scores=self._scored())
         self.blocks[at] = replace(old, role="anchor" if old.role == "anchor" else "live")
         self._close_views()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..compressors import Compressor, MeanPool, StreamingEncoder
 from ..errors import LongtakeError
 from ..geometry import Geometry
 from ..history import LayerView
@@ -103,6 +104,7 @@ class Host(ABC):
     rotary: RotaryTable
     dtype: torch.dtype  # of activations and K/V
     device: torch.device
+    compressor: Compressor = MeanPool()  # of chunks, for policies that keep compressed forms
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a model carries per-call state while a forward runs
@@ -145,6 +147,24 @@ class Host(ABC):
     def reuse_preset(self) -> str:
         """Under which name reuse thresholds are kept for this model (`longtake.reuse.PRESETS`)."""
         return self.config.reuse or self.config.host
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Tokens [B, n, d] that latents [B, C, f, h, w] become in the model's patch embedding."""
+        raise LongtakeError(f"{self.name} has no compressed history: use a policy without one")
+
+    def encoder(self) -> StreamingEncoder:
+        """The model's video encoder, a piece at a time."""
+        raise LongtakeError(f"{self.name} has no compressed history: use a policy without one")
+
+    def carry(self, tokens: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
+        """Tokens [B, n, d] from the patch embedding through every block, as `forward` does with those of a chunk;
+        returns what the last block makes of them."""
+        raise LongtakeError(f"{self.name} has no compressed history: use a policy without one")
+
+    def project(self, tokens: Tensor, layers: list[LayerView]) -> Tensor:
+        """Tokens [B, n, d] straight to the keys and values of every layer; returns the values [B, n, H, D] of the
+        last."""
+        raise LongtakeError(f"{self.name} has no compressed history: use a policy without one")
 
     @abstractmethod
     def decoder(self) -> Decoder: ...

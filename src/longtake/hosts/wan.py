@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ftfy
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
+from ..compressors import Compressor, LowResolution, MeanPool, StreamingEncoder
 from ..decoding import StreamingDecoder, encode_first_frame
 from ..errors import LongtakeError
 from ..geometry import Geometry
@@ -52,11 +54,7 @@ class CausalSelfAttention(_Processor):
     ) -> Tensor:  # fmt: skip
         if self.view is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, -1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))  # [B, N, H, D]
+        q, k, v = _project(attn, hidden_states)
         out = self.view.attend(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
 
@@ -86,7 +84,7 @@ class CausalWan(Host):
 
     def __init__(
         self, transformer: Any, config: HostConfig, *, vae: Any = None, text_encoder: Any = None, tokenizer: Any = None,
-        name: str = "wan", after_encoding: str | None = None,
+        name: str = "wan", after_encoding: str | None = None, compressor: Compressor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         wan = transformer.config
@@ -97,6 +95,8 @@ class CausalWan(Host):
             )
         self.name, self.config = name, config
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
+        # training-free unless the model brings its own: pixels pooled and encoded again, or latents where there is no VAE
+        self.compressor = compressor or (MeanPool() if vae is None else LowResolution())
         self.after_encoding = after_encoding  # None: the encoder stays wherever its owner put it
         self.layers, self.kv_heads, self.head_dim = wan.num_layers, wan.num_attention_heads, wan.attention_head_dim
         self.rotary = wan_table(self.head_dim)
@@ -198,17 +198,47 @@ class CausalWan(Host):
         batch = latents.shape[0]
         if self._released():  # the chunk would be generated without its past
             raise LongtakeError(f"{self.name}: this host was released; make a new one with longtake.load")
+        with self._bound(text, layers):
+            return self.transformer(
+                hidden_states=latents.to(self.device, self.dtype),
+                timestep=torch.full((batch,), timestep, dtype=torch.float32, device=self.device),
+                encoder_hidden_states=self._no_text.expand(batch, -1, -1),
+                return_dict=False,
+            )[0]
+
+    @torch.no_grad()
+    def embed(self, latents: Tensor) -> Tensor:
+        return self.transformer.patch_embedding(latents.to(self.device, self.dtype)).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def carry(self, tokens: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
+        batch = tokens.shape[0]
+        times = torch.full((batch,), timestep, dtype=torch.float32, device=self.device)
+        with self._bound(text, layers):
+            _, modulation, no_text, _ = self.transformer.condition_embedder(times, self._no_text.expand(batch, -1, -1))
+            modulation = modulation.unflatten(1, (6, -1))
+            hidden = tokens.to(self.device, self.dtype).contiguous()
+            for block in self.transformer.blocks:
+                hidden = block(hidden, no_text, modulation, None)  # positions are the views' affair
+            return hidden
+
+    @torch.no_grad()
+    def project(self, tokens: Tensor, layers: list[LayerView]) -> Tensor:
+        tokens = tokens.to(self.device, self.dtype)
+        for block, view in zip(self.transformer.blocks, layers, strict=True):
+            _, k, v = _project(block.attn1, tokens)
+            view.put(k, v)
+        return v
+
+    @contextmanager
+    def _bound(self, text: TextState, layers: list[LayerView]) -> Iterator[None]:
+        """While it is open, attention goes through `layers` and looks at `text`."""
         with self.lock:
             try:
                 for i, view in enumerate(layers):
                     self._self[i].view = view
                     self._cross[i].kv = (text.k[i], text.v[i])
-                return self.transformer(
-                    hidden_states=latents.to(self.device, self.dtype),
-                    timestep=torch.full((batch,), timestep, dtype=torch.float32, device=self.device),
-                    encoder_hidden_states=self._no_text.expand(batch, -1, -1),
-                    return_dict=False,
-                )[0]
+                yield
             finally:
                 for own, cross in zip(self._self, self._cross, strict=True):
                     own.view, cross.kv = None, None
@@ -231,6 +261,9 @@ class CausalWan(Host):
     def decoder(self) -> StreamingDecoder:
         return StreamingDecoder(self._vae())
 
+    def encoder(self) -> StreamingEncoder:
+        return StreamingEncoder(self._vae())
+
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         with self.lock:
@@ -246,6 +279,16 @@ class CausalWan(Host):
                 f"{self.name} was loaded without a VAE: ask the session for latents only (decode=False)"
             )
         return self.vae
+
+
+def _project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, N, H, D] of self-attention, after QK norm and before rotation."""
+    if getattr(attn, "fused_projections", False):
+        q, k, v = attn.to_qkv(hidden_states).chunk(3, -1)
+    else:
+        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+    return q, k, v
 
 
 def _clean(prompt: str) -> str:

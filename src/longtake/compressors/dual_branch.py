@@ -1,0 +1,104 @@
+"""PackForcing's compressor (§3.3): h̃ = h_HR + h_LR, both in patch-embedding space.
+
+The high-resolution branch sees the latents through five strided 3-D convolutions with SiLU between them:
+
+    C → 32 (2,1,1) → 128 (1,2,2) → 512 (1,2,2) → 2048 (1,2,2) → d (1,1,1)        channels (stride)
+
+Kernel and padding are not published; here 3 × 3 × 3 with padding 1 (33.4 M parameters, 16.9 GFLOP a chunk at 832×480),
+the last a pointwise projection. That projection starts at zero: an untrained compressor is its low-resolution branch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import LongtakeError
+from ..geometry import Geometry
+from .base import Compressor, Embedder, TakeState, check_settings
+from .low_resolution import LowResolution
+from .mean_pool import MeanPool
+
+CHANNELS = (32, 128, 512, 2048)  # of a model of width 1536
+STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
+LOWS = ("pixels", "latents")
+
+
+class DualBranch(ModelMixin, ConfigMixin, Compressor):  # type: ignore[misc]
+    """The trained compressor; saved and loaded as a diffusers model folder.
+
+    Args:
+        latent_channels: C of the model's latents.
+        width: d, the model's width.
+        channels: of the four inner convolutions.
+        kernel: side of their kernels, odd; None makes it the stride, without padding (7.6 M parameters).
+        low: what the low-resolution branch pools: "pixels", as published, or "latents", which needs no decoded frames.
+        carry, where, streaming: see `Compressor` and `LowResolution`.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self, latent_channels: int = 16, width: int = 1536, channels: Sequence[int] = CHANNELS,
+        kernel: int | None = 3, low: str = "pixels", carry: str = "blocks", where: str = "midpoint",
+        streaming: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_settings(carry, where)
+        if low not in LOWS:
+            raise LongtakeError(f"low {low!r}: use one of {', '.join(LOWS)}")
+        if len(channels) != len(STRIDES) or (kernel is not None and (kernel < 1 or kernel % 2 == 0)):
+            raise LongtakeError(f"channels {list(channels)}, kernel {kernel}: give {len(STRIDES)} and an odd number")
+        self.carry, self.where = carry, where
+        self.low: Compressor = LowResolution(carry, where, streaming) if low == "pixels" else MeanPool(carry, where)
+        self.wants_pixels = self.low.wants_pixels
+        sizes = (latent_channels, *channels)
+        self.high = nn.ModuleList(
+            nn.Conv3d(a, b, stride if kernel is None else kernel, stride, 0 if kernel is None else kernel // 2)
+            for a, b, stride in zip(sizes, sizes[1:], STRIDES, strict=False)
+        )
+        self.project_out = nn.Conv3d(sizes[-1], width, 1)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+
+    @classmethod
+    def sized(cls, latent_channels: int, width: int, **settings: Any) -> DualBranch:
+        """A compressor for a model of any width, its inner channels in the published proportion, at least 16."""
+        channels = tuple(max(16, n * width // 1536) for n in CHANNELS)
+        return cls(latent_channels=latent_channels, width=width, channels=channels, **settings)
+
+    def compress(
+        self, latents: Tensor, pixels: Tensor | None, state: TakeState, model: Embedder, geometry: Geometry
+    ) -> tuple[Tensor, TakeState]:
+        low, state = self.low.compress(latents, pixels, state, model, geometry)
+        return low + self.refine(latents, self.grid(geometry, latents.shape[2])).to(low), state
+
+    def refine(self, latents: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """h_HR [B, n, d] of latents [B, C, F, h, w] on `grid`, frame-major.
+
+        A cell beyond the grid is cut off, which keeps every cell over the tokens it stands for (60 rows give 8 cells,
+        7 are used); odd frames are averaged, so that none is left out."""
+        x = latents.to(self.project_out.weight)
+        for conv in self.high:
+            x = functional.silu(conv(x))
+        x = self.project_out(x)[..., : grid[1], : grid[2]]
+        if x.shape[2] != grid[0]:
+            x = functional.adaptive_avg_pool3d(x, grid)
+        return x.flatten(2).transpose(1, 2)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and a fingerprint of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        settings = {"low": self.config.low, "streaming": self.config.streaming, "kernel": self.config.kernel}
+        return {**super().describe(), **settings, "weights": digest.hexdigest()[:16]}
