@@ -8,11 +8,14 @@ one more forward to write its K/V.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LongtakeError
+from ..policies import FullHistory
 from .request import ModelShape, PlanRequest
+from .walk import Layout, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class LumosShape(ModelShape):
     visual_codes: int = 64_000
     patch: int = 8  # pixels per code
     frame_stride: int = 4  # pixel frames per latent frame after the first
-    structural_tokens: int = 4  # frame begin, height, width, frame end
+    structural: tuple[int, ...] = (0, 1, 2, -1)  # of a frame: begin, height, width, end
     text_tokens: int = 278  # prompt, separator and video header: what the release's prompts take, about
     steps: int = 50
     streams: int = 2  # with guidance
@@ -47,14 +50,15 @@ class LumosShape(ModelShape):
 
     @property
     def parameters(self) -> int:
-        """All matrices; the head is not tied to the embedding."""
-        return self.linear_parameters + 2 * self.vocabulary * self.hidden
+        """All of them; the head is not tied to the embedding, and each layer has QK norms with gain and bias."""
+        norms = self.layers * (2 * self.hidden + 4 * self.head_dim) + self.hidden
+        return self.linear_parameters + norms + 2 * self.vocabulary * self.hidden
 
     def content_tokens(self, width: int, height: int) -> int:
         return height // self.patch * (width // self.patch + 1)
 
     def tokens_per_frame(self, width: int, height: int) -> int:
-        return self.content_tokens(width, height) + self.structural_tokens
+        return self.content_tokens(width, height) + len(self.structural)
 
     def latent_frames(self, pixel_frames: int) -> int:
         return math.ceil((pixel_frames - 1) / self.frame_stride) + 1
@@ -66,6 +70,9 @@ class LumosShape(ModelShape):
     def attention_flops(self, queries: int, keys: int) -> int:
         return 4 * queries * keys * self.heads * self.head_dim * self.layers
 
+
+# How much slower an attention FLOP is: not at all, good kernels, what the published A40 (1.43) and H200 (7) ratios need.
+INEFFICIENCIES = (1.0, 1.2, 1.43, 3.0, 7.0)
 
 SHAPES = {
     shape.name: shape
@@ -82,18 +89,108 @@ SHAPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CostModel:
+    """Masked decoding of a `shape` at one size: what a latent frame costs by the keys it attends to.
+
+    `e` ≥ 1 says how much slower an attention FLOP is than one of a matrix product, on that device and implementation;
+    1 counts FLOPs. Every frame is charged `steps` forwards and the one that writes it, in each stream; both streams are
+    charged the conditional one's text. Frame 0 is given (image to video).
+    """
+
+    shape: LumosShape
+    width: int
+    height: int
+    steps: int
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.shape.tokens_per_frame(self.width, self.height)
+
+    def full_keys(self, frame: int) -> int:
+        """Keys latent frame `frame` attends to under full history, its own among them."""
+        return self.shape.text_tokens + (frame + 1) * self.frame_tokens
+
+    def budget_keys(self, frame: int, budget: float) -> float:
+        """The same under anchors and a history of `budget` frames, structural tokens neglected."""
+        return self.shape.text_tokens + (2 + min(frame - 1, budget)) * self.frame_tokens
+
+    def frame_flops(self, keys: float, e: float = 1.0) -> float:
+        linear, attention = self.forward_flops(keys)
+        return self.shape.streams * (self.steps + 1) * (linear + e * attention)
+
+    def forward_flops(self, keys: float) -> tuple[float, float]:
+        """One forward of one stream: all matrix products, and attention to `keys`."""
+        n = self.frame_tokens
+        return self.shape.linear_flops(n), n * self.shape.attention_flops(1, 1) * keys
+
+    def speedup(self, keys: Sequence[float], e: float = 1.0) -> tuple[float, float]:
+        """Full history over a method whose frames 1, 2, … attend to `keys`: of all frames, and of the last."""
+        full = [self.frame_flops(self.full_keys(f + 1), e) for f in range(len(keys))]
+        own = [self.frame_flops(k, e) for k in keys]
+        return sum(full) / sum(own), full[-1] / own[-1]
+
+    def budget_speedup(self, latent_frames: int, budget: float, e: float = 1.0) -> tuple[float, float]:
+        """`speedup` of anchors and a history of `budget` frames; `latent_frames` counts the given one."""
+        return self.speedup([self.budget_keys(f, budget) for f in range(1, latent_frames)], e)
+
+    def inefficiency(self, latent_frames: int, budget: float, last_ratio: float) -> float | None:
+        """The e at which the last of `latent_frames` is `last_ratio` times as fast; None if no e explains it."""
+        linear, full = self.forward_flops(self.full_keys(latent_frames - 1))
+        _, own = self.forward_flops(self.budget_keys(latent_frames - 1, budget))
+        rest = full - last_ratio * own
+        return linear * (last_ratio - 1) / rest if rest > 0 else None
+
+    def mask_bytes(self, keys: int, element: int = 17) -> int:
+        """A dense mask over all pairs of tokens: 17 bytes an element while the authors' code builds it, 4 after."""
+        return element * keys**2
+
+
 def plan(request: PlanRequest) -> dict[str, Any]:
-    """Costs of an image-to-video take: the first latent frame is given, the others are generated one by one."""
+    """Costs of an image-to-video take: the first latent frame is given, the others are generated one by one.
+
+    `prefix_tokens` is what the last frame finds in the cache under the policy, `history_bytes` the K/V of that in all
+    streams; `full_tokens` and `full_history_bytes` are those of everything, the last frame included. `flops` and
+    `full_flops` are the whole take's.
+    """
     shape = SHAPES[request.model]
     if request.chunk not in (None, 1):
         raise LongtakeError(f"--chunk {request.chunk}: {shape.name} generates one latent frame at a time")
     width, height = request.pixels(shape, 32)  # the size tokens count units of 32 pixels
     asked = request.pixel_frames(shape.fps)
     frames = shape.latent_frames(asked) if asked is not None else (request.chunks or 0) + 1
-    tokens = shape.tokens_per_frame(width, height)
-    full = shape.text_tokens + frames * tokens
+    if frames < 2:
+        raise LongtakeError("1 frame is the given one: ask for at least 2, there must be something to generate")
+    steps = request.steps or shape.steps
+    model = CostModel(shape, width, height, steps)
+    tokens = model.frame_tokens
+    policy = request.policy or FullHistory()
+    layout = Layout(
+        tokens,
+        (height // shape.patch, width // shape.patch + 1),
+        tuple(i % tokens for i in shape.structural),
+        shape.text_tokens,
+    )
+    taken = list(walk(policy, layout, [1] * (frames - 1), given=1))
+    keys = [step.seen + tokens for step in taken]
+    full = [model.full_keys(step.frame) for step in taken]
+    linear, attention = model.forward_flops(full[-1])
+    speedups = {f"{e:g}": [round(x, 3) for x in model.speedup(keys, e)] for e in INEFFICIENCIES}
     return {
-        "width": width, "height": height, "fps": shape.fps, "latent_frames": frames, "tokens_per_frame": tokens,
-        "text_tokens": shape.text_tokens, "full_tokens": full,
-        "full_history_bytes": shape.streams * full * shape.token_bytes,
+        "task": "image to video", "width": width, "height": height, "fps": shape.fps, "steps": steps,
+        "streams": shape.streams, "policy": policy.name, "pixel_frames": 1 + shape.frame_stride * (frames - 1),
+        "latent_frames": frames, "tokens_per_frame": tokens, "content_tokens": shape.content_tokens(width, height),
+        "text_tokens": shape.text_tokens, "full_tokens": full[-1], "prefix_tokens": taken[-1].seen,
+        "token_bytes": shape.token_bytes, "history_bytes": shape.streams * taken[-1].held * shape.token_bytes,
+        "frame_bytes": shape.streams * tokens * shape.token_bytes,
+        "full_history_bytes": shape.streams * full[-1] * shape.token_bytes,
+        "weight_bytes": shape.itemsize * shape.parameters, "authors_mask_bytes": model.mask_bytes(full[-1]),
+        "flops": sum(model.frame_flops(k) for k in keys), "full_flops": sum(model.frame_flops(k) for k in full),
+        "attention_to_linear_flops": attention / linear,
+        "speedups": speedups,
+        "frames": [
+            {"frame": step.frame, "prefix_tokens": step.seen, "flops": model.frame_flops(k), "full_tokens": f,
+             "full_flops": model.frame_flops(f)}
+            for step, k, f in zip(taken, keys, full, strict=True)
+        ],
     }  # fmt: skip
