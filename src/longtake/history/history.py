@@ -13,7 +13,7 @@ The table changes in `apply` and `commit` only, never while layers run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LongtakeError
-from ..plan import FULL, Block, BlockTable, Form, Fuse, HistoryShape, Plan, Signals, as_tensor, difference
+from ..plan import FULL, Block, BlockTable, Drop, Form, Fuse, HistoryShape, Plan, Signals, as_tensor, difference
 from ..rope import RotaryTable
+from .away import Staging
 from .parts import Fusing, Score
 from .store import Store
 from .view import Buffers, LayerView, Live, Positions, View
@@ -37,13 +38,14 @@ class History:
     `residency` says where the view lives: "resident" (a second K/V, built once per plan), "scratch" (one layer's worth,
     rebuilt in every forward) or "alias" (the store itself, with rotated keys: only while nothing is ever moved or
     hidden).
+    `offloaded` is how many tokens may lie in host memory besides, and how many of those a plan shows at most.
     """
 
     def __init__(
         self, shape: HistoryShape, rotary: RotaryTable, *, streams: tuple[str, ...] = ("cond",),
         capacity: int | None = None, visible: int | None = None, live_tokens: int | None = None,
-        residency: str = "resident", score: Score | None = None,
-        key_sums: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        residency: str = "resident", score: Score | None = None, offloaded: tuple[int, int] = (0, 0),
+        key_sums: bool = False, query_sums: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
             raise LongtakeError(f"residency {residency!r}: use one of {', '.join(RESIDENCIES)}")
@@ -61,9 +63,16 @@ class History:
         self._next_id = 0
         self._live: dict[int, Live] = {}
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
+        away, shown_away = offloaded
+        self.archives = {s: self._new_store(away, host=True) for s in streams} if away else {}
+        self.staging = {s: Staging(shape, shown_away, dtype, self.device) for s in self.archives}
         self.views = {
-            s: View(s, store, rotary, self.buffers, self._live, score, key_sums) for s, store in self.stores.items()
-        }
+            s: View(
+                s, store, rotary, self.buffers, self._live, score, key_sums, query_sums, self.archives.get(s),
+                self.staging.get(s),
+            )
+            for s, store in self.stores.items()
+        }  # fmt: skip
 
     # --- what a policy sees -------------------------------------------------------------------------------------
 
@@ -87,7 +96,7 @@ class History:
         block = self._next_id
         self._next_id += 1
         per_stream = positions if isinstance(positions, Mapping) else dict.fromkeys(self.streams, positions)
-        self._live[block] = Live({(s, FULL): p for s, p in per_stream.items()}, scores=self._scored())
+        self._live[block] = Live({(s, FULL): p for s, p in per_stream.items()}, **self._remembered())
         tokens = len(per_stream[self.streams[0]][0])
         self.blocks.append(Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural))
         return block
@@ -107,6 +116,10 @@ class History:
         self._abandon_open()
         for drop in plan.drops:
             self._drop(drop.block, drop.form, drop.tokens)
+        for block, form in plan.away:
+            for stream, store in self.stores.items():
+                if (block, form) in store.held:
+                    store.send((block, form), self.archives[stream])
         fusings = self._fuse(plan)
         self._settle()  # fusings that were told what to keep are done: their rows are free for blocks that enter
         for block, live in self._live.items():
@@ -155,24 +168,43 @@ class History:
         drops. Only a whole block can be reopened."""
         at = self._index(block)
         old = self.blocks[at]
-        if self._live or not old.complete:
+        if self._live or not self.rewritable(old):
             raise RuntimeError(f"block {block} cannot be written anew: it has lost tokens, or a chunk is in flight")
         positions = {}
         for stream, store in self.stores.items():
             for form in old.forms:
                 rows = store.held[(block, form)].rows.to(store.base.device)
                 positions[(stream, form)] = (store.base[rows], store.step[rows])
-        self._live[block] = Live(positions, reopened=True, scores=self._scored())
+        self._live[block] = Live(positions, reopened=True, **self._remembered())
         self.blocks[at] = replace(old, role="anchor" if old.role == "anchor" else "live")
         self._close_views()
         return BlockTable(tuple(b for b in self.blocks[:at]), (self.blocks[at],), old.frame)
+
+    def rewritable(self, block: Block) -> bool:
+        """Whether a block can be reopened: nothing of it is lost, or lies in host memory."""
+        return block.complete and all((block.id, form) in self.stores[self.streams[0]].held for form in block.forms)
+
+    def forget(self, drops: Iterable[Drop]) -> None:
+        """Forget forms or tokens for ever, between two chunks."""
+        if self._live or self.fusing:
+            raise RuntimeError("only between two chunks can the history be told to forget")
+        self._abandon_open()
+        for drop in drops:
+            self._drop(drop.block, drop.form, drop.tokens)
+        self._close_views()
+
+    def chosen(self, stream: str | None = None) -> list[dict[int, tuple[tuple[int, ...], Tensor]]]:
+        """What the plan's open choices have come to so far: for each of them, by layer, the candidates' ids and the
+        places [B, k] of the picked ones among them."""
+        choices = self.views[stream or self.streams[0]].choices
+        return [{layer: (c.entry.candidates, picked[0]) for layer, picked in c.picked.items()} for c in choices]
 
     def abandon(self, block: int) -> None:
         """Forget a chunk in flight and what was scored with it. What its plan dropped or fused stays so: the same plan
         follows from the table that is left. A reopened block goes back to the past with what was written of it."""
         live = self._live.pop(block)
         for stream, view in self.views.items():
-            view.scores = live.scores[stream]
+            view.scores, view.queries = live.scores[stream], live.queries[stream]
         if live.reopened:
             at = self._index(block)
             self.blocks[at] = replace(self.blocks[at], role="committed" if self.blocks[at].role == "live" else "anchor")
@@ -182,6 +214,17 @@ class History:
             for key in [key for key in store.held if key[0] == block]:
                 store.drop(key)
         del self.blocks[self._index(block)]
+        self._close_views()
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays. A take made in windows begins each of them so."""
+        for store in (*self.stores.values(), *self.archives.values()):
+            store.held.clear()
+            store.used[:] = False
+        self._live.clear()
+        self.blocks, self._fusing, self.frames_seen = [], [], 0
+        for view in self.views.values():
+            view.scores, view.queries = {}, {}
         self._close_views()
 
     @property
@@ -197,8 +240,16 @@ class History:
         return self.views[stream or self.streams[0]].n
 
     def memory(self) -> dict[str, int]:
-        """Bytes held between chunks: the store of every stream, and the view."""
-        return {"store": sum(store.nbytes for store in self.stores.values()), "view": self.buffers.nbytes}
+        """Bytes held between chunks: the store of every stream, with what was scored and remembered of queries; the
+        view, with what it fetches into; and the archive in host memory, if there is one."""
+        kept = [t for view in self.views.values() for t in (*view.scores.values(), *view.queries.values())]
+        parts = {
+            "store": sum(store.nbytes for store in self.stores.values()) + sum(t.nbytes for t in kept),
+            "view": self.buffers.nbytes + sum(staging.nbytes for staging in self.staging.values()),
+        }
+        if self.archives:
+            parts["archive"] = sum(archive.nbytes for archive in self.archives.values())
+        return parts
 
     @property
     def held_bytes(self) -> int:
@@ -207,6 +258,10 @@ class History:
         return used * self.shape.token_bytes // self.shape.streams
 
     # --- within -------------------------------------------------------------------------------------------------
+
+    def _remembered(self) -> dict[str, dict[str, dict[int, Tensor]]]:
+        queries = {stream: dict(view.queries) for stream, view in self.views.items()}
+        return {"scores": self._scored(), "queries": queries}
 
     def _scored(self) -> dict[str, dict[int, Tensor]]:
         return {stream: dict(view.scores) for stream, view in self.views.items()}
@@ -218,9 +273,11 @@ class History:
     def _index(self, block: int) -> int:
         return next(i for i, b in enumerate(self.blocks) if b.id == block)
 
-    def _new_store(self, rows: int) -> Store:
+    def _new_store(self, rows: int, host: bool = False) -> Store:
         s = self.shape
-        return Store(s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, self.device)
+        device = torch.device("cpu") if host else self.device
+        pinned = host and self.device.type == "cuda"  # copies can overlap with the forwards only from pinned memory
+        return Store(s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned)
 
     def _make_room(self, tokens: int) -> None:
         if self.fixed:
@@ -233,8 +290,10 @@ class History:
 
     def _drop(self, block: int, form: str, tokens: Any) -> None:
         gone = None if tokens is None else as_tensor(tokens)
-        for store in self.stores.values():
-            store.drop((block, form), gone)
+        for stream, store in self.stores.items():
+            archive = self.archives.get(stream)
+            home = archive if archive is not None and (block, form) in archive.held else store
+            home.drop((block, form), gone)
         at = self._index(block)
         entry = self.blocks[at]
         forms = dict(entry.forms)
@@ -259,11 +318,15 @@ class History:
             if begun := next((f for f in self._fusing if _same(f[0], fuse)), None):
                 fusings[at] = begun[2]
                 continue
-            if fuse.keep is None and self.score is None:
+            score = plan.score or self.score
+            if fuse.keep is None and score is None:
                 raise RuntimeError("the plan has an open fusing, but the policy gave no score")
             for stream, store in self.stores.items():
                 sources = [store.find((b, FULL)) for b in fuse.blocks]
-                part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, self.score)
+                first = self.blocks[self._index(fuse.blocks[0])].frame
+                part = Fusing(
+                    store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score, first, fuse.per_frame
+                )
                 keep = fuse.keep[stream] if isinstance(fuse.keep, Mapping) else fuse.keep
                 if keep is not None:
                     for layer in range(self.shape.layers):
@@ -302,4 +365,5 @@ class History:
 
 def _same(a: Fuse, b: Fuse) -> bool:
     """Whether two open fusings ask for the same."""
-    return a.keep is b.keep is None and (a.blocks, a.n, a.sort, a.shift) == (b.blocks, b.n, b.sort, b.shift)
+    asked = lambda f: (f.blocks, f.n, f.sort, f.shift, f.per_frame)
+    return a.keep is b.keep is None and asked(a) == asked(b)

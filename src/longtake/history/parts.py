@@ -5,12 +5,13 @@ on what is picked, so shapes are known before the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..plan import Choose
 from ..rope import RotaryTable
 from .store import Rows, Store, span, stretches
 
@@ -105,41 +106,68 @@ class Fused(Part):
 
 
 class Chosen(Part):
-    """k of M equally long blocks, picked per layer and take by score, then frozen."""
+    """k of M equally long blocks, picked per layer and take by score, or once for all layers, then frozen.
+
+    `frames` are the first frames of the candidates `blocks`; `device` is where their key sums and the view lie.
+    """
 
     def __init__(
-        self, store: Store, rotary: RotaryTable, candidates: Sequence[Rows], frames: Sequence[int], k: int,
-        starts: Sequence[float] | None, score: Score,
+        self, store: Store, rotary: RotaryTable, blocks: Sequence[Rows], frames: Sequence[int], entry: Choose,
+        score: Score, device: torch.device,
     ) -> None:  # fmt: skip
-        self.store, self.rotary, self.k, self.score = store, rotary, k, score
-        device = store.base.device
-        self.rows = torch.stack([c.rows for c in candidates]).to(device)  # [M, c]
-        self.sums = [c.key_sum for c in candidates]
+        self.store, self.rotary, self.entry, self.score, self.device = store, rotary, entry, score, device
+        self.rows = torch.stack([b.rows for b in blocks]).to(store.base.device)  # [M, c]
+        self.n = entry.k * self.rows.shape[1]
         self.frames = torch.tensor(frames, dtype=torch.float64, device=device)
-        self.starts = None if starts is None else torch.tensor(starts, dtype=torch.float64, device=device)
-        self.n = k * self.rows.shape[1]
+        self.starts = None if entry.starts is None else torch.tensor(entry.starts).to(self.frames)
+        moved = None if entry.scored_at is None else torch.tensor(entry.scored_at).to(self.frames) - self.frames  # [M]
+        if entry.evidence == "keys":
+            base, step = (t.to(device) for t in (store.base[self.rows], store.step[self.rows]))  # [M, c, axes]
+            position = base if moved is None else base + moved[:, None, None] * step
+            self.turn: Tensor | None = rotary.phases(position.flatten(0, 1))
+        else:
+            self.sums = [b.key_sum for b in blocks if b.key_sum is not None]
+            if len(self.sums) < len(blocks):
+                raise RuntimeError("blocks are to be chosen by their key sums: let the policy require 'key_sums'")
+            # a uniform shift turns a sum of keys as it turns each of them
+            step = store.step[self.rows[:, 0]].to(device)
+            self.turn = None if moved is None else rotary.phases(moved[:, None] * step)
         self.picked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer → blocks [B, k], rows [B, n], phases
 
     def open(self, layer: int) -> bool:
         return layer not in self.picked
 
+    def settle(self, queries: Mapping[int, Tensor]) -> None:
+        """Pick once for all layers, by the sum of the scores of their queries [B, N, H, D]."""
+        total = torch.stack([self.scores(layer, q) for layer, q in queries.items()]).sum(0)
+        choice = self._pick(total)
+        self.picked = dict.fromkeys(range(self.store.k.shape[0]), choice)
+
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         if layer not in self.picked:
             assert q is not None
-            self.picked[layer] = self._pick(layer, q)
+            self.picked[layer] = self._pick(self.scores(layer, q))
         _, rows, phases = self.picked[layer]
         batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
         self.rotary.rotate(self.store.k[layer][batch, rows], phases, out=k)
         v.copy_(self.store.v[layer][batch, rows])
 
-    def _pick(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sums = torch.stack([s[layer] for s in self.sums if s is not None], 1)  # [B, M, H, D]
-        best = self.score(q, sums).topk(self.k, dim=1).indices.sort(1).values  # [B, k], time order
-        rows = self.rows[best].flatten(1)  # [B, n]
-        position = self.store.base[rows]  # [B, n, axes]
+    def scores(self, layer: int, q: Tensor) -> Tensor:
+        """What each candidate is worth to rotated queries [B, N, H, D]: [B, M]."""
+        if self.entry.evidence == "keys":
+            assert self.turn is not None
+            keys = self.store.k[layer].index_select(1, self.rows.flatten()).to(self.device)
+            return self.score(q, self.rotary.rotate(keys, self.turn)).unflatten(1, self.rows.shape).sum(2)
+        sums = torch.stack([s[layer] for s in self.sums], 1)  # [B, M, H, D]
+        return self.score(q, sums if self.turn is None else self.rotary.rotate(sums, self.turn))
+
+    def _pick(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        best = scores.topk(self.entry.k, dim=1).indices.sort(1).values  # [B, k], time order
+        rows = self.rows[best.to(self.rows.device)].flatten(1)  # [B, n]
+        position, step = (t[rows].to(self.device) for t in (self.store.base, self.store.step))  # [B, n, axes]
         if self.starts is not None:
             shift = (self.starts - self.frames[best]).repeat_interleave(self.rows.shape[1], 1)
-            position = position + shift[..., None] * self.store.step[rows]
+            position = position + shift[..., None] * step
         return best, rows, self.rotary.phases(position).unsqueeze(2)  # [B, n, 1, P, 2]
 
 
@@ -151,10 +179,11 @@ class Fusing(Part):
 
     def __init__(
         self, store: Store, rotary: RotaryTable, sources: Sequence[Rows], n: int, shift: float, sort: bool,
-        score: Score | None,
+        score: Score | None, frame: int = 0, per_frame: int | None = None,
     ) -> None:  # fmt: skip
         self.store, self.rotary, self.shift, self.n, self.score = store, rotary, shift, n, score
         self.sources, self.sort = sources, sort
+        self.frame, self.per_frame = frame, per_frame  # survivors move to `per_frame` a frame, from `frame` on
         self.rows = torch.cat([s.rows for s in sources])
         self.at = self.rows.to(store.base.device)
         layers, batch, _, heads, _ = store.k.shape
@@ -186,8 +215,13 @@ class Fusing(Part):
         index = keep.transpose(1, 2).unsqueeze(-1)  # [B, n, H, 1]
         gather = lambda x: x.gather(1, index.expand(-1, -1, -1, x.shape[-1]))
         assert self.fused.head_base is not None and self.fused.head_step is not None
-        self.fused.head_base[layer] = gather(base)
-        self.fused.head_step[layer] = gather(step)
+        base, step = gather(base), gather(step)
+        if self.per_frame is not None:
+            time = (base * step).sum(-1, keepdim=True) / (step * step).sum(-1, keepdim=True)  # [B, n, H, 1]
+            slot = self.frame + torch.arange(self.n, device=base.device) // self.per_frame
+            base = base + (slot[:, None, None] - time) * step
+        self.fused.head_base[layer] = base
+        self.fused.head_step[layer] = step
         at = self.at[: self.n]
         self.store.k[layer][:, at] = gather(keys)
         self.store.v[layer][:, at] = gather(values)

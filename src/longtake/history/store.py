@@ -34,11 +34,11 @@ class Store:
 
     def __init__(
         self, layers: int, batch: int, rows: int, kv_heads: int, head_dim: int, axes: int,
-        dtype: torch.dtype, device: torch.device,
+        dtype: torch.dtype, device: torch.device, pinned: bool = False,
     ) -> None:  # fmt: skip
         shape = (layers, batch, rows, kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+        self.v = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
         self.base = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.step = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.used = torch.zeros(rows, dtype=torch.bool)
@@ -76,6 +76,18 @@ class Store:
             listed = ", ".join(f"{block} ({form})" for block, form in self.held) or "nothing"
             raise PlanError(f"the plan names block {key[0]} ({key[1]}), the history holds {listed}")
         return self.held[key]
+
+    def send(self, key: tuple[int, str], other: Store) -> None:
+        """Move a form of a block to another store, bit by bit; its rows here are free afterwards."""
+        held = self.find(key)
+        here = held.rows.to(self.base.device)
+        there = other.take(key, self.base[here], self.step[here])
+        there.tokens, there.key_sum = held.tokens, held.key_sum
+        to, at = span(there.rows), span(held.rows)
+        for own, its in ((self.k, other.k), (self.v, other.v)):
+            for layer in range(own.shape[0]):
+                its[layer][:, to] = own[layer][:, at].to(its.device)
+        self.drop(key)
 
     def drop(self, key: tuple[int, str], tokens: Tensor | None = None) -> None:
         """Give back the rows of a form, or those of some of its tokens."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
-from ..errors import LongtakeError
+from ..errors import LongtakeError, PlanError
 from ..plan import FULL, Choose, Entry, HistoryShape, Plan, as_tensor
 from ..rope import RotaryTable
+from .away import Fetched, Staging
+from .groups import Group, attend_in_groups, head_groups
 from .parts import MANY_PIECES, Chosen, Fill, Fused, Fusing, Part, Plain, Score
 from .store import Rows, Store, span
 
@@ -28,7 +30,9 @@ class Live:
     phases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     written: set[tuple[str, str]] = field(default_factory=set)
     reopened: bool = False  # it was part of the past before
-    scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # what had been scored when it was announced
+    # what had been scored, and whose queries were remembered, when it was announced
+    scores: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    queries: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
 class LayerView:
@@ -38,9 +42,10 @@ class LayerView:
     def __init__(
         self, rotary: RotaryTable, phases: Tensor, k: Tensor, v: Tensor, live: slice, bias: Tensor | None,
         prepare: Callable[[Tensor], None] | None, write: Callable[[Tensor, Tensor, Tensor], None] | None,
-        observe: Callable[[Tensor, Tensor], None] | None,
+        observe: Callable[[Tensor, Tensor], None] | None, groups: list[Group] | None = None,
     ) -> None:  # fmt: skip
         self.rotary = rotary
+        self.groups = groups  # heads that see different keys; None: all see all
         self.phases = phases  # of the live tokens [n, P, 2]
         self.k, self.v = k, v  # [B, history + live, H, D]
         self.k_live, self.v_live = k[:, live], v[:, live]
@@ -61,7 +66,12 @@ class LayerView:
         if self.prepare is not None:
             self.prepare(q)
         self.put(k, v)
-        out = attend(q, self.k, self.v, bias=self.bias, causal=causal, backend=backend, parallel_config=parallel_config)
+        if self.groups is not None:
+            out = attend_in_groups(q, self.k, self.v, self.groups, bias=self.bias, backend=backend)
+        else:
+            out = attend(
+                q, self.k, self.v, bias=self.bias, causal=causal, backend=backend, parallel_config=parallel_config
+            )
         if self.observe is not None:
             self.observe(q, self.k)
         return out
@@ -111,11 +121,15 @@ class View:
 
     def __init__(
         self, stream: str, store: Store, rotary: RotaryTable, buffers: Buffers, live: dict[int, Live],
-        score: Score | None, key_sums: bool,
+        score: Score | None, key_sums: bool, query_sums: bool = False, archive: Store | None = None,
+        staging: Staging | None = None,
     ) -> None:  # fmt: skip
         self.stream, self.store, self.rotary, self.buffers, self.live = stream, store, rotary, buffers, live
-        self.score, self.key_sums = score, key_sums
+        self.score, self.key_sums, self.query_sums = score, key_sums, query_sums
+        self.archive, self.staging = archive, staging  # of forms that lie in host memory
         self.scores: dict[int, Tensor] = {}  # layer → what the policy's score returned at its moment
+        # layer → sum of the queries of the last commit pass [B, 1, H, D] fp32, as though its chunk began at frame 0
+        self.queries: dict[int, Tensor] = {}
         self.layer_count = buffers.shape.layers
         # A window's rows lie in fewer or more stretches as its ring of slots turns. Copying always as many pieces as
         # were ever needed makes every chunk cost the same operations.
@@ -131,16 +145,22 @@ class View:
         """The table has changed: nothing is in view until the next plan."""
         self.plan: Plan | None = None
         self.parts: list[Part] = []
+        self.choices: list[Chosen] = []
+        self.frames: dict[int, int] = {}  # first frame of every block
+        self.heads: list[tuple[range, Tensor]] = []  # keys that some heads do not see, and [L, B, H] of those that do
         self.places: dict[int, range] = {}  # where a block's keys stand, of the blocks the plan names outright
         self.bias: Tensor | None = None  # [history + live], if any entry has a log-weight
         self._filled = False
+        self._groups: dict[int, list[list[Group]]] = {}  # keys of a window → per layer, heads that see the same of them
         self._fills: dict[int, list[Fill]] = {}  # layer → what fills a scratch view, the same for every pass
         self._stale: set[int] = set()  # live blocks whose tail a pass that does not write has overwritten
 
     def lay_out(self, plan: Plan, frames: dict[int, int], fusings: dict[int, Fusing]) -> None:
         """Take up a plan: `frames` is the first frame of every block, `fusings` are the plan's, by entry number."""
         self.close()
-        self.plan = plan
+        self.plan, self.frames = plan, frames
+        if self.staging is not None:
+            self.staging.clear()
         pending: list[tuple[Tensor, Tensor]] = []  # rows and shifts of adjacent plain entries: one gather for all
         weights: list[tuple[int, float]] = []
 
@@ -158,19 +178,22 @@ class View:
             named: tuple[int, ...] = ()
             weight = 0.0
             if isinstance(entry, Entry):
-                held, weight, named = self.store.find((entry.block, entry.form)), entry.log_weight, (entry.block,)
+                home = self._home((entry.block, entry.form))
+                held, weight, named = home.find((entry.block, entry.form)), entry.log_weight, (entry.block,)
                 if held.head_base is not None:
                     part = Fused(self.store, self.rotary, held, entry.shift)
                 else:
                     rows = held.rows
                     if entry.tokens is not None and len(entry.tokens) < len(rows):
                         rows = rows[torch.isin(held.tokens, as_tensor(entry.tokens))]
-                    pending.append((rows, torch.full((len(rows),), float(entry.shift), dtype=torch.float64)))
                     n = len(rows)
+                if held.head_base is None and home is not self.store:
+                    position = home.base[rows] + float(entry.shift) * home.step[rows]
+                    part = self._fetched(rows, self.rotary.phases(position.to(self.buffers.device)))
+                elif held.head_base is None:
+                    pending.append((rows, torch.full((n,), float(entry.shift), dtype=torch.float64)))
             elif isinstance(entry, Choose):
-                candidates = [self.store.find((b, entry.form)) for b in entry.candidates]
-                starts, score = [frames[b] for b in entry.candidates], self._score()
-                part = Chosen(self.store, self.rotary, candidates, starts, entry.k, entry.starts, score)
+                part = self._chosen(entry)
             else:
                 part, named = fusings[number], entry.blocks
             if part is not None:
@@ -178,6 +201,8 @@ class View:
                 self.parts.append(part)
                 n = part.n
             weights.append((n, weight))
+            if isinstance(entry, Entry) and entry.heads is not None:
+                self.heads.append((range(start, start + n), entry.heads[self.stream]))
             self.places.update(dict.fromkeys(named, range(start, start + n)))
             start += n
         flush()
@@ -206,6 +231,8 @@ class View:
         window, tail = slice(first, start + len(held.rows)), slice(start - first, start - first + len(held.rows))
         bias = None if self.bias is None else self.bias[window]
         observed = self._observed([*before, block], first) if observe else None
+        observe = observe and (observed is None or len(observed) > 0)
+        groups = self._grouped(window.stop) if self.heads and history else None
         result = []
         for layer in range(self.layer_count):
             k, v = (t[layer if resident else 0] for t in buffers)
@@ -217,7 +244,9 @@ class View:
             result.append(
                 LayerView(
                     self.rotary, live.phases[(self.stream, form)], k[:, window], v[:, window], tail, bias, prepare,
-                    self._writer(layer, held) if write else None, self._observer(layer, observed) if observe else None,
+                    self._writer(layer, held, block) if write else None,
+                    self._watcher(layer, observe, observed, block if write and form == FULL else None),
+                    None if groups is None else groups[layer],
                 )
             )  # fmt: skip
         if write:
@@ -231,10 +260,49 @@ class View:
     def _tokens(self, block: int) -> int:
         return len(self.store.held[(block, FULL)].rows)
 
+    def _grouped(self, keys: int) -> list[list[Group]]:
+        if keys not in self._groups:
+            self._groups[keys] = head_groups(self.heads, keys, self.buffers.shape, self.buffers.device)
+        return self._groups[keys]
+
     def _score(self) -> Score:
-        if self.score is None:
+        score = self.score if self.plan is None or self.plan.score is None else self.plan.score
+        if score is None:
             raise RuntimeError("the plan has an open choice, but the policy gave no score")
-        return self.score
+        return score
+
+    def _home(self, key: tuple[int, str]) -> Store:
+        """Where a form of a block lies."""
+        return self.archive if self.archive is not None and key in self.archive.held else self.store
+
+    def _fetched(self, rows: Tensor, phases: Tensor) -> Fetched:
+        assert self.archive is not None and self.staging is not None
+        return Fetched(self.staging, self.archive, self.rotary, rows, phases)
+
+    def _chosen(self, entry: Choose) -> Part:
+        home = self._home((entry.candidates[0], entry.form))
+        blocks = [home.find((b, entry.form)) for b in entry.candidates]
+        frames = [self.frames[b] for b in entry.candidates]
+        choice = Chosen(home, self.rotary, blocks, frames, entry, self._score(), self.buffers.device)
+        self.choices.append(choice)
+        if entry.shared:
+            if len(self.queries) < self.layer_count:
+                raise PlanError("a choice for all layers needs the last chunk's queries, and none were kept")
+            (block,) = self.live
+            step = self._step(block)
+            now = float(self.frames[block] + (self.plan.live_shift if self.plan is not None else 0))
+            turn = self.rotary.phases(now * step)
+            choice.settle({layer: self.rotary.rotate(q, turn) for layer, q in self.queries.items()})
+        if home is self.store:
+            return choice
+        if not entry.shared:
+            raise PlanError("a choice among blocks in host memory must be the same for all layers (shared=True)")
+        _, rows, phases = choice.picked[0]
+        return self._fetched(rows, phases)
+
+    def _step(self, block: int) -> Tensor:
+        """Step per frame of shift [1, axes] of a live block, whose tokens all move alike."""
+        return self.live[block].positions[(self.stream, FULL)][1][:1].to(self.buffers.device)
 
     def _mend(self, k: Tensor, v: Tensor, before: list[int]) -> None:
         """Bring a resident view up to date: all of it after a new plan, else the live blocks that a pass left stale."""
@@ -286,7 +354,14 @@ class View:
 
         return prepare
 
-    def _writer(self, layer: int, held: Rows) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def _turned(self, total: Tensor, block: int, back: int) -> Tensor:
+        """A sum [B, 1, H, D] over a live block's rotated tokens, as though the block lay `back` frames earlier than it
+        was written; a plan's `live_shift` is taken back too."""
+        assert self.plan is not None
+        shift = -back - self.plan.live_shift
+        return self.rotary.rotate(total, self.rotary.phases(shift * self._step(block))) if shift else total
+
+    def _writer(self, layer: int, held: Rows, block: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         store, at = self.store, span(held.rows)
 
         def write(k: Tensor, v: Tensor, rotated: Tensor) -> None:
@@ -296,7 +371,7 @@ class View:
                 if held.key_sum is None:
                     s = self.buffers.shape
                     held.key_sum = rotated.new_zeros(s.layers, s.batch, s.kv_heads, s.head_dim, dtype=torch.float32)
-                held.key_sum[layer] = rotated.float().sum(1)
+                held.key_sum[layer] = self._turned(rotated.float().sum(1, keepdim=True), block, 0)[:, 0]
 
         return write
 
@@ -313,6 +388,23 @@ class View:
         index = [torch.arange(at.start - first, at.stop - first) for at in sorted(wanted, key=lambda at: at.start)]
         return torch.cat(index or [torch.arange(0)]).to(self.buffers.device)
 
+    def _watcher(
+        self, layer: int, observe: bool, at: Tensor | None, written: int | None
+    ) -> Callable[[Tensor, Tensor], None] | None:
+        """What looks at a layer's rotated queries and keys: the policy's score, and the sum of a written block's
+        queries where a policy asked for it."""
+        score = self._observer(layer, at) if observe else None
+        if not self.query_sums or written is None:
+            return score
+        block = written
+
+        def watch(q: Tensor, k: Tensor) -> None:
+            self.queries[layer] = self._turned(q.float().sum(1, keepdim=True), block, self.frames[block])
+            if score is not None:
+                score(q, k)
+
+        return watch
+
     def _observer(self, layer: int, at: Tensor | None) -> Callable[[Tensor, Tensor], None]:
         score = self._score()
 
@@ -326,7 +418,7 @@ class View:
         assert self.plan is not None
         store, live, held = self.store, self.live[block], self.store.held[(block, form)]
         used = int(store.used.sum())
-        whole = all(isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 for e in self.plan.entries)
+        whole = all(isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 and e.heads is None for e in self.plan.entries)
         if not whole or len(self.live) > 1 or self.n + len(held.rows) != used or not bool(store.used[:used].all()):
             raise LongtakeError(
                 "residency 'alias' needs a policy that moves and hides nothing; use residency='resident' or 'scratch'"

@@ -3,15 +3,19 @@
 from .base import KVPolicy
 from .equal_budget import LastFrames, SinkWindow, Uniform
 from .full_history import FullHistory
+from .kv_range import KVRange
 from .packcache import PackCache
+from .packforcing import PackForcing
 from .registry import available, build, describe, parse
 from .sliding_window import SlidingWindow
 
 __all__ = [
     "FullHistory",
     "KVPolicy",
+    "KVRange",
     "LastFrames",
     "PackCache",
+    "PackForcing",
     "SinkWindow",
     "SlidingWindow",
     "Uniform",

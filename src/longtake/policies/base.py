@@ -23,7 +23,8 @@ class KVPolicy(ABC):
 
     name: ClassVar[str] = ""
     moment: ClassVar[str | None] = None  # when `score` is called: "commit", "first_step", "last_forward" or never
-    # What else is to be collected: "key_sums"; and "compressed", where `Plan.forms` may ask for compressed forms.
+    # What else is to be collected: "key_sums", "query_sums"; and "compressed", where `Plan.forms` may ask for
+    # compressed forms.
     requires: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -46,6 +47,10 @@ class KVPolicy(ABC):
     def visible(self, shape: HistoryShape) -> int | None:
         """Most tokens attended at once, the chunks in flight included; the capacity unless more is kept than shown."""
         return self.capacity(shape)
+
+    def offloaded(self, shape: HistoryShape) -> tuple[int, int]:
+        """Most tokens in host memory besides the capacity, and most of them shown at once (`Plan.away`)."""
+        return 0, 0
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """This policy with its own parameters chosen so that what is held takes at most `budget` bytes.
@@ -76,5 +81,6 @@ class KVPolicy(ABC):
             and (entry.tokens is None or len(entry.tokens) == block.forms[FULL].tokens)
             and entry.shift == 0
             and entry.log_weight == 0
+            and entry.heads is None
             for entry, block in zip(plan.entries, table.blocks, strict=True)
         )
