@@ -71,7 +71,7 @@ class LumosShape(ModelShape):
         return 4 * queries * keys * self.heads * self.head_dim * self.layers
 
 
-# How much slower an attention FLOP is: not at all, good kernels, what the published A40 (1.43) and H200 (7) ratios need.
+# How much slower an attention FLOP is: not at all, good kernels, the published A40 (1.43) and H200 (7) ratios.
 INEFFICIENCIES = (1.0, 1.2, 1.43, 3.0, 7.0)
 
 SHAPES = {
