@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from .geometry import Geometry
 from .history import History
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
-from .plan import COMPRESSED, HistoryShape
+from .plan import COMPRESSED, HistoryShape, Plan
 from .policies import KVPolicy, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
-from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule, denoise
+from .samplers import Sampler, Sampling, default_sampler
+from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
 
 
 @dataclass
@@ -40,13 +41,15 @@ class Session:
         policy: KV policy; default: the window the model was made for.
         reuse: reuse policy; default: every forward is computed.
         prompt: a string, or a list of strings for takes in lockstep.
-        prompt_embeds / negative_prompt_embeds: [B, T, d] instead of prompts.
+        prompt_embeds / negative_prompt_embeds: [B, T, d] instead of prompts (ids [B, T] for Lumos-1), or a `TextState`
+            that several takes of one prompt share.
         negative_prompt: for guidance; default empty.
         compressor: what makes the compressed form of chunks, for policies that ask for it; default the model's own.
         image: first frame, float [3, H, W] or [B, 3, H, W] in [−1, 1]; it becomes latent frame 0.
         seed: one number (takes in lockstep get seed, seed + 1, …) or one per take; or `generator`, as in diffusers.
         height, width: pixels; default the model's.
         num_inference_steps: default the model's own list of timesteps.
+        sampler: e.g. `MaskedSampler(compat="upstream")`; default the model's own.
         guidance_scale: 1 is no guidance and one stream.
         chunks: an upper limit if it is known; the take then ends by itself, and full history is allocated at once.
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
@@ -65,12 +68,13 @@ class Session:
     def __init__(
         self, model: Host | Any, policy: KVPolicy | None = None, *, reuse: ReusePolicy | None = None,
         compressor: Compressor | None = None,
-        prompt: str | Sequence[str] | None = None, prompt_embeds: Tensor | None = None,
-        negative_prompt: str | Sequence[str] | None = None, negative_prompt_embeds: Tensor | None = None,
+        prompt: str | Sequence[str] | None = None, prompt_embeds: Tensor | TextState | None = None,
+        negative_prompt: str | Sequence[str] | None = None, negative_prompt_embeds: Tensor | TextState | None = None,
         image: Tensor | None = None, seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
-        guidance_scale: float | None = None, chunks: int | None = None, residency: str = "resident",
+        guidance_scale: float | None = None, sampler: Sampler | None = None, chunks: int | None = None,
+        residency: str = "resident",
         memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
@@ -95,32 +99,37 @@ class Session:
         if not math.isfinite(self.guidance_scale):
             raise LongtakeError(f"guidance_scale {self.guidance_scale}: give a finite number; 1 is no guidance")
         self.num_inference_steps = num_inference_steps
-        self.schedule = (
-            Schedule.shifted(config.timesteps, config.shift)
-            if num_inference_steps is None
-            else Schedule.of_steps(num_inference_steps, config.shift)
-        )
+        self.sampler = sampler or default_sampler(config, num_inference_steps)
+        self.schedule: Schedule = self.sampler.schedule
         self.callback_on_step_end, self.callback_on_chunk_end = callback_on_step_end, callback_on_chunk_end
 
-        self._prompt, embeds = self._encode(prompt, prompt_embeds, "prompt")
-        self.batch = len(embeds)
+        given_frames = 0 if image is None else 1
+        self._frames = None if chunks is None else chunks * self.geometry.chunk_frames + given_frames
+        self._prompt, text = self._encode(prompt, prompt_embeds, "prompt")
+        self.batch = len(text.embeds)
         self.lockstep = self.batch > 1 or not (prompt is None or isinstance(prompt, str))
-        self._streams: dict[str, _Stream] = {"cond": _Stream(self.host.text_state(embeds))}
+        self._streams: dict[str, _Stream] = {"cond": _Stream(text)}
         self._negative: str | list[str] = ""
         if self.guidance_scale != 1:
-            given = "" if negative_prompt is None and negative_prompt_embeds is None else negative_prompt
-            self._negative, negative = self._encode(given, negative_prompt_embeds, "negative_prompt")
-            if len(negative) not in (1, self.batch):
-                raise LongtakeError(f"{len(negative)} negative prompts for {self.batch} takes: give one, or one each")
-            negative = negative.expand(self.batch, -1, -1)
-            self._streams["uncond"] = _Stream(self.host.text_state(negative))
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt_embeds = self.host.unconditional(text.embeds)
+            self._negative, negative = self._encode(
+                negative_prompt, negative_prompt_embeds, "negative_prompt", expand=self.batch
+            )
+            if len(negative.embeds) != self.batch:
+                raise LongtakeError(
+                    f"{len(negative.embeds)} negative prompts for {self.batch} takes: give one, or one each"
+                )
+            self._streams["uncond"] = _Stream(negative)
         self.host.prompts_encoded()
         self._pending: TextState | None = None
         self._reuse = ReuseRun(self.reuse, self.host.feature, renoised=True)
+        if self._reuse.active and not self.sampler.reuses:
+            raise LongtakeError(f"reuse={self.reuse.name}: {self.host.name} draws codes, not velocities; leave it out")
         self._unobserved = False  # the last step of the chunk in flight was reused
 
-        self.noise = noise or NoiseSource(_generators(seed, generator, self.batch))
-        self.history = self._make_history(residency, memory_limit)
+        self.noise = noise or self.sampler.noise(_generators(seed, generator, self.batch))
+        self.history = self._make_history(residency, memory_limit, given_frames)
         self.decode = decode
         seen = self.compressor is not None and self.compressor.wants_pixels
         self.decoder: Decoder | None = self.host.decoder() if decode or seen else None
@@ -146,14 +155,18 @@ class Session:
             raise StopIteration
         started = time.perf_counter()
         self._obey()
+        self._begin()
         clock = Clock()
         rng = self._noise_state()
         block = self._admit(self.geometry.chunk_frames)
+        kept = self.sampler.commits_last or self.index + 1 != self.chunks
         try:
             x0 = self._denoise(block, clock)
-            written = self._forward_all(x0, CLEAN_TIMESTEP, block, clock, write=True)
+            sound = self.sampler.sound(x0)
+            if kept:
+                sound = sound & torch.isfinite(self._write(x0, block, clock)).all()
             # read only after the commit pass is on its way: no stall on a GPU; its output shows a bad key or value
-            if not (torch.isfinite(x0).all() & torch.isfinite(written).all()).item():
+            if not sound.item():
                 raise NonFiniteError(
                     f"chunk {self.index} has NaN or infinite values and was not committed; "
                     "go back with Session.restore(snapshot), or try another seed or dtype"
@@ -169,7 +182,11 @@ class Session:
             self._restore_noise(rng)
             self._reuse.finish(self.index)
             raise
-        self._commit(block, x0, compressed)
+        if kept:
+            self._commit(block, x0, compressed)
+        else:  # nothing comes after it that would look at it
+            self.history.abandon(block)
+            self._ahead = None
         frames = self._show(frames)
         stats = ChunkStats(
             self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
@@ -187,6 +204,36 @@ class Session:
             chunk.frames = changed.get("frames", chunk.frames)
         return chunk
 
+    @torch.no_grad()
+    def extend(self, latents: Tensor) -> None:
+        """Commit given clean latents [B, C, f, h, w] as the next chunks, as if the take had made them: a video to be
+        continued. f is a whole number of chunks; the frames they decode to are not given again. Raises LongtakeError for
+        another shape, NonFiniteError for NaN or infinity."""
+        span, size = self.geometry.chunk_frames, (self.geometry.channels, *self.geometry.latent_size)
+        given = tuple(latents.shape)
+        if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, self.batch) or given[2] % span:
+            raise LongtakeError(
+                f"latents {list(given)}: give [{self.batch}, {size[0]}, {span} n, {size[1]}, {size[2]}], whole chunks"
+            )
+        for part in latents.to(self.host.device).expand(self.batch, -1, -1, -1, -1).split(span, 2):
+            if self.chunks is not None and self.index >= self.chunks:
+                raise LongtakeError(f"the take has {self.chunks} chunks and all of them are there: nothing can follow")
+            self._obey()
+            self._begin()
+            block = self._admit(span)
+            try:
+                written = self._write(part, block, Clock(), given=True)
+                if not (self.sampler.sound(part) & torch.isfinite(written).all()).item():
+                    raise NonFiniteError(f"the given chunk {self.index} has or leads to NaN or infinite values")
+                frames = self._decode(part)
+                compressed = self._compress(part, frames, block)
+            except BaseException:
+                self.history.abandon(block)
+                raise
+            self._commit(block, part, compressed)
+            self.frame += span
+            self.index += 1
+
     @property
     def prompt(self) -> str | list[str]:
         """The prompt in force from the next chunk on. Setting it keeps the history as it is."""
@@ -194,18 +241,20 @@ class Session:
 
     @prompt.setter
     def prompt(self, prompt: str | Sequence[str]) -> None:
-        text, embeds = self._encode(prompt, None, "prompt")
-        if len(embeds) != self.batch:
-            raise LongtakeError(f"{len(embeds)} prompts for {self.batch} takes: give one for each")
-        self._prompt, self._pending = text, self.host.text_state(embeds)
+        self._check_switch()
+        given, text = self._encode(prompt, None, "prompt")
+        if len(text.embeds) != self.batch:
+            raise LongtakeError(f"{len(text.embeds)} prompts for {self.batch} takes: give one for each")
+        self._prompt, self._pending = given, text
         self.host.prompts_encoded()
 
     def set_prompt_embeds(self, embeds: Tensor) -> None:
         """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""
-        _, embeds = self._encode(None, embeds, "prompt")
-        if len(embeds) != self.batch:
-            raise LongtakeError(f"{len(embeds)} prompt embeddings for {self.batch} takes: give one for each")
-        self._prompt, self._pending = "", self.host.text_state(embeds)
+        self._check_switch()
+        _, text = self._encode(None, embeds, "prompt")
+        if len(text.embeds) != self.batch:
+            raise LongtakeError(f"{len(text.embeds)} prompt embeddings for {self.batch} takes: give one for each")
+        self._prompt, self._pending = "", text
 
     @torch.no_grad()
     def rebuild(self) -> int:
@@ -221,7 +270,7 @@ class Session:
             try:
                 plan = self.policy.plan(table, self.history.signals(self.index))
                 self.history.apply(replace(plan, drops=()))
-                self._forward_all(self._latents[block], CLEAN_TIMESTEP, block, Clock(), write=True)
+                self._write(self._latents[block], block, Clock(), given=table.live[0].role == "anchor")
                 if COMPRESSED in table.live[0].forms:
                     self._carry(self._tokens[block], block)
                 self.history.commit(block)
@@ -268,11 +317,16 @@ class Session:
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    def _make_history(self, residency: str, memory_limit: int | None) -> History:
+    def _make_history(self, residency: str, memory_limit: int | None, given_frames: int) -> History:
         # one frame more than the chunks, for a first image
         frames = None if self.chunks is None else self.chunks * self.geometry.chunk_frames + 1
+        prefixes = {name: self.host.prefix(stream.text) for name, stream in self._streams.items()}
+        anchors = max(0 if at is None else len(at[0]) for at in prefixes.values())
+        if anchors:  # the prompt is in the sequence, and with it a given image
+            anchors += given_frames * self.geometry.tokens_per_frame
         shape = replace(
-            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor), frames=frames
+            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor), frames=frames,
+            anchor_tokens=anchors,
         )
         self.policy = self.policy.settle(shape)
         self.policy.check(shape)
@@ -300,14 +354,34 @@ class Session:
             key_sums="key_sums" in self.policy.requires, dtype=self.host.dtype, device=self.host.device,
         )  # fmt: skip
 
-    def _admit(self, span: int) -> int:
-        base, step = self.host.positions(self.geometry, self.frame, span)
-        block = self.history.admit(self.frame, span, (base, step), grid=self.geometry.grid)
+    def _begin(self) -> None:
+        """Where prompts are part of the sequence, their K/V are the first block of the history, never dropped."""
+        prefixes = {name: self.host.prefix(stream.text) for name, stream in self._streams.items()}
+        positions = {name: at for name, at in prefixes.items() if at is not None}
+        if self.history.blocks or not positions:
+            return
+        block = self.history.admit(0, 0, positions, role="anchor")
+        self.history.apply(Plan())
+        for name, stream in self._streams.items():
+            for view, k, v in zip(
+                self.history.layers(name, block, write=True), stream.text.k, stream.text.v, strict=True
+            ):
+                view.put(k.expand(self.batch, -1, -1, -1), v.expand(self.batch, -1, -1, -1))
+            stream.text = TextState(stream.text.embeds, [], [])  # the history holds them now
+        self.history.commit(block)
+
+    def _admit(self, span: int, role: str = "live") -> int:
+        texts = {name: stream.text for name, stream in self._streams.items()}
+        block = self.history.admit(
+            self.frame, span, self.host.stream_positions(self.geometry, self.frame, span, texts), role=role,
+            grid=self.geometry.grid, packable=self.geometry.packable, structural=self.geometry.structural,
+        )
         try:
             plan = self.policy.plan(self.history.table(), self.history.signals(self.index))
             if COMPRESSED in plan.forms:
                 if self.compressor is None:
                     raise PlanError('it asks for compressed forms: let its `requires` name "compressed"')
+                base, step = self.host.positions(self.geometry, self.frame, span)
                 small = self.compressor.positions(base, step, self.geometry, span)
                 self.history.add_form(block, COMPRESSED, small)
             self.history.apply(plan)
@@ -359,10 +433,6 @@ class Session:
                 )
 
     def _denoise(self, block: int, clock: Clock) -> Tensor:
-        height, width = self.geometry.latent_size
-        draw = lambda _: self.noise.draw(self.geometry.channels, self.geometry.chunk_frames, height, width).to(
-            self.host.device
-        )
         turns = self._turns(self.index)
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
@@ -389,11 +459,19 @@ class Session:
                 )
             return given.to(x0)
 
-        return denoise(velocity, draw(0), self.schedule, draw, predicted)
+        return self.sampler.sample(Sampling(
+            self.host, self.geometry, self.batch, self.schedule, self.index, self.noise, velocity, predicted
+        ))  # fmt: skip
+
+    def _write(self, x0: Tensor, block: int, clock: Clock, given: bool = False) -> Tensor:
+        """The commit pass of every stream: the K/V that later chunks will see of this one."""
+        fed = {name: self.sampler.commit_input(x0, self.geometry, name, given) for name in self._streams}
+        t = next(iter(fed.values()))[1]
+        return self._forward_all({name: x for name, (x, _) in fed.items()}, t, block, clock, write=True)
 
     def _forward_all(
-        self, x: Tensor, t: float, block: int, clock: Clock, *, step: int | None = None, write: bool = False,
-        computed: bool = True,
+        self, x: Tensor | Mapping[str, Tensor], t: float, block: int, clock: Clock, *, step: int | None = None,
+        write: bool = False, computed: bool = True,
     ) -> Tensor:  # fmt: skip
         """The velocity of one step, guidance included; or, with `write`, the commit pass of every stream. A step that
         is not `computed` puts the residuals of an earlier one between embedding and head."""
@@ -402,7 +480,9 @@ class Session:
         moments = {"commit": write, "first_step": step == 0, "last_forward": last}
         observe = moments.get(self.policy.moment or "", False)
         velocities: dict[str, Tensor] = {}
+        each = x if isinstance(x, Mapping) else dict.fromkeys(self._streams, x)
         for name, stream in self._streams.items():
+            x = each[name]
             residuals = self._reuse.state(self.index).residuals if step is not None else {}
             if not computed:
                 velocities[name], _ = self.host.forward_residual(x, t, stream.text, [], residuals[name])
@@ -459,10 +539,12 @@ class Session:
         if given != size and given not in ((1, *size), (self.batch, *size)):
             raise LongtakeError(f"image {given}: give a float tensor {list(size)} in [-1, 1], or one such per take")
         image = image.reshape(-1, *size)
-        latents = self.host.encode_image(image).float().expand(self.batch, -1, -1, -1, -1)
-        block = self._admit(1)
-        written = self._forward_all(latents, CLEAN_TIMESTEP, block, Clock(), write=True)
-        if not (torch.isfinite(latents).all() & torch.isfinite(written).all()).item():
+        latents = self.host.encode_image(image)
+        latents = (latents.float() if latents.is_floating_point() else latents).expand(self.batch, -1, -1, -1, -1)
+        self._begin()
+        block = self._admit(1, role="anchor" if self.history.blocks else "live")  # as the prompt is, so is its image
+        written = self._write(latents, block, Clock(), given=True)
+        if not (self.sampler.sound(latents) & torch.isfinite(written).all()).item():
             raise NonFiniteError("the first image leads to NaN or infinite values: is it finite, and in [-1, 1]?")
         frames = self._decode(latents)
         self._commit(block, latents, self._compress(latents, frames, block))
@@ -474,26 +556,38 @@ class Session:
         if self._pending is not None:
             self._streams["cond"].text, self._pending = self._pending, None
 
+    def _check_switch(self) -> None:
+        if self.host.prefix(self._streams["cond"].text) is not None:
+            raise LongtakeError(
+                f"{self.host.name} has the prompt in its history: begin a new take for another one"
+            )
+
     def _encode(
-        self, prompt: str | Sequence[str] | None, embeds: Tensor | None, name: str
-    ) -> tuple[str | list[str], Tensor]:
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | TextState | None, name: str, expand: int = 1
+    ) -> tuple[str | list[str], TextState]:
+        """What was given, and what becomes of it; one text stands for `expand` takes."""
+        if isinstance(embeds, TextState):
+            return "", embeds
         if embeds is not None:
             if prompt:
                 raise LongtakeError(f"give {name} or {name}_embeds, not both")
-            given = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-            if not isinstance(embeds, Tensor) or embeds.dim() != 3 or 0 in embeds.shape:
-                raise LongtakeError(f"{name}_embeds {given}: give a tensor [B, {self.host.config.text_tokens}, d]")
-            return "", embeds
-        if prompt is None:
-            raise LongtakeError(f"a session needs {name}= or {name}_embeds=")
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
-        ):
-            raise LongtakeError(f"{name}={prompt!r}: give a string, or a list of strings for takes in lockstep")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise LongtakeError(f"an empty list of prompts: give at least one {name}")
-        return (prompt if isinstance(prompt, str) else prompts), self.host.encode_prompt(prompts)
+            self.host.check_embeds(embeds, name)
+            prompts: str | list[str] = ""
+        else:
+            if prompt is None:
+                raise LongtakeError(f"a session needs {name}= or {name}_embeds=")
+            if not isinstance(prompt, str) and not (
+                isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
+            ):
+                raise LongtakeError(f"{name}={prompt!r}: give a string, or a list of strings for takes in lockstep")
+            prompts = prompt if isinstance(prompt, str) else list(prompt)
+            if not prompts and not isinstance(prompts, str):
+                raise LongtakeError(f"an empty list of prompts: give at least one {name}")
+            listed = [prompts] if isinstance(prompts, str) else prompts
+            embeds = self.host.encode_for(listed, self.geometry, self._frames)
+        if len(embeds) == 1:
+            embeds = embeds.expand(expand, *embeds.shape[1:])
+        return prompts, self.host.text_state(embeds)
 
     def _noise_state(self) -> list[Tensor]:
         return self.noise.state() if isinstance(self.noise, NoiseSource) else []
@@ -518,7 +612,8 @@ def history_shape(
     itemsize = torch.empty((), dtype=host.dtype).element_size()
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
-        batch, streams, decay=host.config.decay, compressed_tokens=(compressor or host.compressor).tokens(geometry),
+        batch, streams, compressed_tokens=(compressor or host.compressor).tokens(geometry),
+        decay=host.config.decay, structural_tokens=len(geometry.structural) // geometry.chunk_frames,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from ..compressors import Compressor, MeanPool, StreamingEncoder
 from ..errors import LongtakeError
 from ..geometry import Geometry
 from ..history import LayerView
+from ..history.view import Positions
 from ..rope import RotaryTable
 
 CONFIG_NAME = "longtake.json"
@@ -39,10 +40,23 @@ class HostConfig:
     training_frames: int = 21  # latent frames of a training clip
     window: int | None = None  # latent frames attended at inference, the chunk in flight included
     sink: int | None = None
+    # or "staggered": several chunks in flight, each noisier than the one before; or "masked": codes instead of noise
+    sampler: str = "chunked"
+    steps: int | None = None  # denoising steps per chunk, where `timesteps` are not listed
+    lag: int = 5  # staggered: steps by which a chunk is behind the one before it (diffusers: `ar_step`)
+    # staggered: a take is made in windows of `training_frames`, each of which repeats so many latent frames of the one
+    # before; None: one window without an end
+    overlap: int | None = None
+    condition_noise: float = 0.0  # thousandths of noise in given frames, and their timestep (`addnoise_condition`)
+    commit: str = "clean"  # how a staggered chunk's K/V become the past: a "clean" pass, or "adopt" the last computed
+    history_mask: float = 0.7  # masked: part of a finished frame that is masked when it is committed
+    temperature: float = 1.0  # masked: of the noise on confidences
+    compat: str = "fixed"  # masked: or "upstream", the published program token for token
     decay: float | None = None  # fall of attention per latent frame of distance, as `longtake analyze decay` finds it
     reuse: str = ""  # name of its reuse thresholds; empty: those of `host`
     prompts: tuple[str, ...] = ()  # examples
     about: str = ""
+    world: str = ""  # procedural world it was trained on, whose truth is known: "lanes"
 
     @classmethod
     def read(cls, folder: Path) -> HostConfig:
@@ -93,6 +107,17 @@ class TextState:
         return self.embeds.nbytes + sum(t.nbytes for t in (*self.k, *self.v))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a chunk's step: the K/V it uses, the prompt it is given, what it sees and leaves behind."""
+
+    name: str  # its velocity goes by this name in `Host.guide`
+    stream: str = "cond"  # whose K/V
+    text: str = "cond"  # which prompt
+    history: bool = True  # whether it sees anything but its own chunk
+    write: bool = True  # whether later chunks see its K/V, where a sampler writes at every step
+
+
 class Host(ABC):
     """An AR video model with its weights. Sessions share it; it keeps nothing of them between two calls."""
 
@@ -116,6 +141,20 @@ class Host(ABC):
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, T, d] of prompts."""
 
+    def encode_for(self, prompts: Sequence[str], geometry: Geometry, frames: int | None) -> Tensor:
+        """The same for a take of this size, of so many latent frames if its end is known."""
+        return self.encode_prompt(prompts)
+
+    def unconditional(self, embeds: Tensor) -> Tensor:
+        """What the stream without text is given, where these are the embeddings of the other."""
+        return self.encode_prompt([""])
+
+    def check_embeds(self, embeds: Any, name: str) -> None:
+        """Raise LongtakeError if these cannot be embeddings of prompts."""
+        given = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        if not isinstance(embeds, Tensor) or embeds.dim() != 3 or 0 in embeds.shape:
+            raise LongtakeError(f"{name}_embeds {given}: give a tensor [B, {self.config.text_tokens}, d]")
+
     def prompts_encoded(self) -> None:  # noqa: B027 (most hosts have nothing to do)
         """The session needs no more prompts encoded for now: the text encoder may leave the device."""
 
@@ -127,26 +166,20 @@ class Host(ABC):
         """Position of every token of the latent frames [frame, frame + span), and its step per frame of shift:
         both [span · tokens_per_frame, axes] in fp64, frame-major."""
 
+    def stream_positions(
+        self, geometry: Geometry, frame: int, span: int, texts: Mapping[str, TextState]
+    ) -> Positions | Mapping[str, Positions]:
+        """The same for every guidance stream by name, where they depend on its text."""
+        return self.positions(geometry, frame, span)
+
+    def prefix(self, text: TextState) -> Positions | None:
+        """Where a prompt's tokens stand, if they are part of the sequence: `text.k` and `text.v`, before rotation, then
+        begin the history. None: prompts are looked at apart."""
+        return None
+
     @abstractmethod
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
         """Velocity [B, C, f, h, w] of a chunk at `timestep` in 0 … 1000, its attention going through `layers`."""
-
-    def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
-        """What a reuse policy compares steps by, in fp32, [B or 1, …]: metric "latent", the patch embedding of noisy
-        latents [B, C, f, h, w]; or "timestep", the timestep projection, which needs no latents."""
-        raise LongtakeError(f"{self.name} has no feature {metric!r} to reuse by: use --reuse none")
-
-    def forward_residual(
-        self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and what the block stack added to its input [B, N, d]. With the `residual` of an earlier step that
-        is added instead, no block runs and `layers` stay as they are."""
-        raise LongtakeError(f"{self.name} cannot reuse the residual of its blocks: use carry=velocity")
-
-    @property
-    def reuse_preset(self) -> str:
-        """Under which name reuse thresholds are kept for this model (`longtake.reuse.PRESETS`)."""
-        return self.config.reuse or self.config.host
 
     def embed(self, latents: Tensor) -> Tensor:
         """Tokens [B, n, d] that latents [B, C, f, h, w] become in the model's patch embedding."""
@@ -165,6 +198,53 @@ class Host(ABC):
         """Tokens [B, n, d] straight to the keys and values of every layer; returns the values [B, n, H, D] of the
         last."""
         raise LongtakeError(f"{self.name} has no compressed history: use a policy without one")
+
+    # --- how a step is put together, for samplers ---------------------------------------------------------------
+
+    clean_timestep: float = 0.0  # of a pass over finished latents
+    solver: str = "renoise"  # how a staggered chunk takes a step: "renoise", "unipc" or "euler"
+    begins_chunks: bool = False  # given frames that fill no chunk: they begin one (or are a short one of their own)
+
+    def timetable(self, steps: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Timesteps as the model takes them, and the noise levels a chunk passes through, one more of them."""
+        raise LongtakeError(f"{self.name} runs one chunk at a time: it has no staggered timetable")
+
+    def passes(self, timestep: float, guidance: float, *, first: bool) -> tuple[Pass, ...]:
+        """The forwards of one step at `timestep`, in order; `first` says that nothing in flight is before the chunk."""
+        cond = Pass("cond")
+        return (cond,) if guidance == 1 else (cond, Pass("uncond", stream="uncond", text="uncond"))
+
+    def guide(self, velocities: dict[str, Tensor], timestep: float, guidance: float) -> Tensor:
+        """One velocity of those of the passes."""
+        if "uncond" not in velocities:
+            return velocities["cond"]
+        uncond = velocities["uncond"].float()
+        return uncond + guidance * (velocities["cond"].float() - uncond)
+
+    def clean_passes(self, guidance: float) -> tuple[Pass, ...]:
+        """The forwards that write the K/V of finished latents."""
+        return self.passes(self.clean_timestep, guidance, first=True)
+
+    def chunk_texts(self, texts: dict[str, TextState], chunk: int, chunks: int | None) -> dict[str, TextState]:
+        """The prompts as chunk number `chunk`, of `chunks`, is given them."""
+        return texts
+
+    def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
+        """What a reuse policy compares steps by, in fp32, [B or 1, …]: metric "latent", the patch embedding of noisy
+        latents [B, C, f, h, w]; or "timestep", the timestep projection, which needs no latents."""
+        raise LongtakeError(f"{self.name} has no feature {metric!r} to reuse by: use --reuse none")
+
+    def forward_residual(
+        self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what the block stack added to its input [B, N, d]. With the `residual` of an earlier step that
+        is added instead, no block runs and `layers` stay as they are."""
+        raise LongtakeError(f"{self.name} cannot reuse the residual of its blocks: use carry=velocity")
+
+    @property
+    def reuse_preset(self) -> str:
+        """Under which name reuse thresholds are kept for this model (`longtake.reuse.PRESETS`)."""
+        return self.config.reuse or self.config.host
 
     @abstractmethod
     def decoder(self) -> Decoder: ...
