@@ -351,7 +351,8 @@ class Session:
         return History(
             shape, self.host.rotary, streams=tuple(self._streams), capacity=capacity, visible=visible,
             residency=residency, score=self.policy.score if scores else None,
-            key_sums="key_sums" in self.policy.requires, dtype=self.host.dtype, device=self.host.device,
+            key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
+            offloaded=self.policy.offloaded(shape), dtype=self.host.dtype, device=self.host.device,
         )  # fmt: skip
 
     def _begin(self) -> None:

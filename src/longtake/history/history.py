@@ -45,7 +45,8 @@ class History:
         self, shape: HistoryShape, rotary: RotaryTable, *, streams: tuple[str, ...] = ("cond",),
         capacity: int | None = None, visible: int | None = None, live_tokens: int | None = None,
         residency: str = "resident", score: Score | None = None, offloaded: tuple[int, int] = (0, 0),
-        key_sums: bool = False, query_sums: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        key_sums: bool = False, query_sums: bool = False, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
             raise LongtakeError(f"residency {residency!r}: use one of {', '.join(RESIDENCIES)}")
@@ -324,9 +325,7 @@ class History:
             for stream, store in self.stores.items():
                 sources = [store.find((b, FULL)) for b in fuse.blocks]
                 first = self.blocks[self._index(fuse.blocks[0])].frame
-                part = Fusing(
-                    store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score, first, fuse.per_frame
-                )
+                part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score, first, fuse.per_frame)
                 keep = fuse.keep[stream] if isinstance(fuse.keep, Mapping) else fuse.keep
                 if keep is not None:
                     for layer in range(self.shape.layers):

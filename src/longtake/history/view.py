@@ -418,7 +418,9 @@ class View:
         assert self.plan is not None
         store, live, held = self.store, self.live[block], self.store.held[(block, form)]
         used = int(store.used.sum())
-        whole = all(isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 and e.heads is None for e in self.plan.entries)
+        whole = all(
+            isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 and e.heads is None for e in self.plan.entries
+        )
         if not whole or len(self.live) > 1 or self.n + len(held.rows) != used or not bool(store.used[:used].all()):
             raise LongtakeError(
                 "residency 'alias' needs a policy that moves and hides nothing; use residency='resident' or 'scratch'"

@@ -73,8 +73,9 @@ class PackForcing(KVPolicy):
         if self.offload and self.layers != "shared" and self.select == "top":
             raise LongtakeError("packforcing: an archive in host memory needs one pick for all layers: layers=shared")
         if self.layers == "shared" and self.score_by in ("sampled", "mass"):
-            raise LongtakeError(f"packforcing: a shared pick knows sums of queries only: score_by={self.score_by} needs "
-                                "layers=each")  # fmt: skip
+            raise LongtakeError(
+                f"packforcing: a shared pick knows query sums only; score_by={self.score_by}: layers=each"
+            )
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]
