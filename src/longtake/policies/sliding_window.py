@@ -66,18 +66,18 @@ class SlidingWindow(KVPolicy):
         return frames * shape.tokens_per_frame
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
-        frames = budget // shape.frame_bytes
-        if frames < max(1, shape.chunk_frames):
+        frames, least = budget // shape.frame_bytes, shape.live_frames
+        if frames < max(1, least):
             raise LongtakeError(
-                f"{budget} bytes hold {frames} latent frames: a window needs at least one chunk of "
-                f"{shape.chunk_frames}, {shape.chunk_frames * shape.frame_bytes} bytes"
+                f"{budget} bytes hold {frames} latent frames: a window needs at least the {least} in flight, "
+                f"{least * shape.frame_bytes} bytes"
             )
-        return replace(self, frames=frames, sink=min(self.sink, max(0, frames - shape.chunk_frames)))
+        return replace(self, frames=frames, sink=min(self.sink, max(0, frames - least)))
 
     def check(self, shape: HistoryShape) -> None:
-        least = self.sink + shape.chunk_frames
+        least = self.sink + shape.live_frames
         if self.frames < least:
             raise LongtakeError(
-                f"window of {self.frames} frames with sink {self.sink}: the chunk takes {shape.chunk_frames}, "
+                f"window of {self.frames} frames with sink {self.sink}: the chunks in flight take {shape.live_frames}, "
                 f"so use frames={least} or more"
             )

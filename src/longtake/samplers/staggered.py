@@ -1,0 +1,392 @@
+"""The staggered sampler of SkyReels-V2 and MAGI-1 (diffusion forcing): several chunks in flight, each noisier than the
+one before it.
+
+One row of the step matrix:
+
+    chunks that are due enter as live blocks; the policy plans
+    for every chunk in flight, oldest first:  velocity of its step (computed, or reused), one solver step of its own
+    a chunk that took its last step is finished: its K/V become the past, and it is handed out
+
+A forward is of one chunk; it sees the planned history, the chunks in flight before it as they were last computed (in
+this row, unless reused), and itself: block-causal without a mask. Chunks that are not in flight never enter a forward.
+
+Where a model was made for clips of a fixed length, a long take is made in windows: each begins with an empty history
+and the last frames of the one before, carried over as latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunk import Clock
+from ..errors import LongtakeError, NonFiniteError, PlanError
+from ..geometry import Geometry
+from ..history import History
+from ..hosts.base import Host, HostConfig, Pass, TextState
+from ..plan import HistoryShape
+from ..policies import KVPolicy
+from ..reuse import ReuseRun, Turn
+from .solvers import Euler, Renoise, Solver
+from .step_matrix import StepMatrix
+
+COMMITS = ("clean", "adopt")
+COMPAT = ("fixed", "upstream")
+
+
+@dataclass(frozen=True)
+class Stagger:
+    """How a staggered take is laid out."""
+
+    steps: int | None = None  # denoising steps per chunk; None: the model's
+    lag: int = 5  # steps by which a chunk is behind the one before it; 0: all together (diffusers: `ar_step`)
+    window: int | None = None  # latent frames of a window; None: one endless history
+    overlap: int = 0  # latent frames of a window that repeat the end of the one before
+    condition_noise: float = 0.0  # thousandths of noise in given frames, and their timestep (`addnoise_condition`)
+    # How a finished chunk's K/V become the past: by a pass over the clean latents, or as its last step left them.
+    commit: str = "clean"
+    compat: str = "fixed"  # or "upstream": with the published pipelines' slip in UniPC (see `samplers.unipc`)
+
+    def __post_init__(self) -> None:
+        for name, known in (("commit", COMMITS), ("compat", COMPAT)):
+            if getattr(self, name) not in known:
+                raise LongtakeError(f"{name} {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if not 0 <= self.condition_noise < 1000:
+            raise LongtakeError(f"condition_noise {self.condition_noise}: give thousandths, 0 to below 1000 (20 is usual)")
+        if self.overlap < 0 or (self.window is not None and not self.overlap < self.window):
+            raise LongtakeError(
+                f"windows of {self.window} latent frames that overlap by {self.overlap}: overlap by fewer than they have"
+            )
+
+    @classmethod
+    def of(cls, config: HostConfig) -> Stagger:
+        """As the model has it."""
+        windows = config.overlap is not None
+        return cls(
+            config.steps, config.lag, config.training_frames if windows else None, config.overlap or 0,
+            config.condition_noise, config.commit,
+        )  # fmt: skip
+
+    def layout(self, geometry: Geometry, steps: int, ends_at: int | None) -> tuple[StepMatrix, int, int | None]:
+        """The step matrix, the most chunks in flight, and the most latent frames that one history ever holds."""
+        matrix = StepMatrix(steps, self.lag)
+        lengths = [n for n in (self.window, ends_at) if n is not None]
+        frames = min(lengths) if lengths else None
+        # one more than fit: given frames need not fill whole chunks
+        chunks = None if frames is None else -(-frames // geometry.chunk_frames)
+        return matrix, matrix.in_flight(chunks), frames
+
+
+@dataclass
+class InFlight:
+    """A chunk that is being denoised."""
+
+    chunk: int  # number in the take
+    block: int  # its id in the history
+    frame: int  # first latent frame, in the take
+    span: int
+    start: int  # row of its first step
+    x: Tensor  # fp32 [B, C, f, h, w]
+    solver: Solver
+    texts: dict[str, TextState]
+    given: Tensor | None = None  # latents [B, C, g, h, w] that its first frames have at every step
+    step: int = 0  # steps taken
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A chunk that took its last step, and what its last forward attended to."""
+
+    chunk: int
+    frame: int
+    latents: Tensor  # fp32 [B, C, f, h, w]
+    attended: int
+
+
+class Staggered:
+    """One take (or several in lockstep) of a staggered host: `next`, then `pop`, chunk after chunk.
+
+    `draw(frames)` gives noise [B, C, frames, h, w]; `texts` are the prompts by name and may be replaced at any time:
+    chunks that enter later are given the new ones. `on_step(step, timestep, x0)` sees, and may replace, what a chunk's
+    step predicts. `ends_at` is the take's length in latent frames, given ones included.
+
+    Anything raised leaves the take as it stood before the forward it was raised in: call `next` again to go on.
+    """
+
+    def __init__(
+        self, host: Host, geometry: Geometry, history: History, policy: KVPolicy, reuse: ReuseRun, stagger: Stagger, *,
+        draw: Callable[[int], Tensor], texts: dict[str, TextState], guidance: float = 1.0, ends_at: int | None = None,
+        on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.host, self.geometry, self.history = host, geometry, history
+        self.policy, self.reuse, self.stagger = policy, reuse, stagger
+        self.draw, self.texts, self.guidance, self.ends_at, self.on_step = draw, texts, guidance, ends_at, on_step
+        self.timesteps, self.levels = host.timetable(stagger.steps)
+        self.matrix, _, _ = stagger.layout(geometry, len(self.timesteps), ends_at)
+        self.live: list[InFlight] = []
+        self.done: list[Finished] = []  # not handed out yet
+        self.origin = 0  # latent frame at which the window begins
+        self.until = self._reach(0)  # … and ends
+        self.frame = 0  # next latent frame to enter
+        self.chunk = 0  # next chunk to enter
+        self.row = 0  # in the window
+        self.entered = 0  # chunks of the window that have entered
+        self.tail: Tensor | None = None  # the last `overlap` finished latent frames
+        self._given: Tensor | None = None  # given latents that do not fill a chunk: the next one begins with them
+        self._planned = False
+        self._computed: dict[int, bool] = {}  # chunk → whether it is computed in this row
+
+    # --- from outside ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, latents: Tensor) -> None:
+        """Start from given latents [B, C, p, h, w], an image or a video. The next chunk follows them."""
+        given = latents.shape[2]
+        if self.ends_at is not None and given >= self.ends_at:
+            raise LongtakeError(f"{given} latent frames are given, and the take has {self.ends_at}: make it longer")
+        seen = given if self.stagger.window is None else min(given, max(self.stagger.overlap, 1))
+        self._keep(latents)
+        self._open(given - seen)
+        self._condition(latents[:, :, given - seen :].float())
+
+    @torch.no_grad()
+    def next(self, clock: Clock) -> Finished:
+        """The next finished chunk; the same until it is popped."""
+        while not self.done:
+            self._row(clock)
+        return self.done[0]
+
+    def pop(self) -> None:
+        """The chunk has been handed out."""
+        del self.done[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of latents and solver states."""
+        held = [chunk.x for chunk in self.live] + [chunk.given for chunk in self.live]
+        held += [x for chunk in self.live for x in chunk.solver.state_dict()[0].values()]
+        held += [finished.latents for finished in self.done] + [self.tail, self._given]
+        return sum(x.nbytes for x in held if x is not None)
+
+    # --- windows -----------------------------------------------------------------------------------------------------
+
+    def _reach(self, origin: int) -> int | None:
+        """Where a window that begins at `origin` ends."""
+        ends = [self.ends_at, None if self.stagger.window is None else origin + self.stagger.window]
+        return min((end for end in ends if end is not None), default=None)
+
+    def _open(self, origin: int) -> None:
+        self.history.clear()
+        self.origin, self.until, self.frame = origin, self._reach(origin), origin
+        self.row, self.entered, self._planned = 0, 0, False
+
+    def _condition(self, latents: Tensor) -> None:
+        """Put given latents [B, C, p, h, w] into the empty history, nearly clean; a piece that fills no chunk comes
+        first, or is left to the chunk that it begins."""
+        frames, whole = latents.shape[2], self.geometry.chunk_frames
+        rest = frames % whole
+        if rest and self.host.begins_chunks:
+            self._given = latents[:, :, frames - rest :]
+            frames, rest = frames - rest, 0
+        sizes = ([rest] if rest else []) + [whole] * (frames // whole)
+        for piece in latents[:, :, :frames].split(sizes, 2) if sizes else ():
+            block = self._admit(self.frame, piece.shape[2])
+            level = self.stagger.condition_noise / 1000
+            x = piece if level == 0 else (1 - level) * piece + level * self.draw(piece.shape[2]).to(piece)
+            timestep = self.stagger.condition_noise or self.host.clean_timestep
+            try:
+                self._write(block, x, timestep, self.texts, Clock(), f"given latent frames from {self.frame} on")
+            except BaseException:
+                self.history.abandon(block)
+                self._planned = False
+                raise
+            self._settle(block)
+            self.frame += piece.shape[2]
+
+    def _keep(self, latents: Tensor) -> None:
+        if self.stagger.window is not None and self.stagger.overlap:
+            past = latents if self.tail is None else torch.cat((self.tail, latents), 2)
+            self.tail = past[:, :, -self.stagger.overlap :].clone()
+
+    # --- one row -----------------------------------------------------------------------------------------------------
+
+    def _row(self, clock: Clock) -> None:
+        if not self.live and self.until is not None and self.frame >= self.until:
+            if self.ends_at is not None and self.frame >= self.ends_at:
+                raise StopIteration
+            self._open(self.frame - (0 if self.tail is None else self.tail.shape[2]))
+            if self.tail is not None:
+                self._condition(self.tail)
+        while self._due(self.row):
+            self._enter()
+        turns = [chunk for chunk in self.live if chunk.step <= self.row - chunk.start]
+        if not self._computed:
+            decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
+            self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
+        for chunk in turns:
+            self._advance(chunk, clock)
+        for chunk in [chunk for chunk in self.live if chunk.step == self.matrix.steps]:
+            self._write(chunk.block, chunk.x, self.host.clean_timestep, chunk.texts, clock, f"chunk {chunk.chunk}")
+            self._finish(chunk)
+        self._computed = {}
+        self.row += 1
+
+    def _due(self, row: int) -> bool:
+        open_ = self.until is None or self.frame < self.until
+        return open_ and self.matrix.start(self.entered) <= row
+
+    def _enter(self) -> None:
+        span = self.geometry.chunk_frames
+        span = span if self.until is None else min(span, self.until - self.frame)
+        block = self._admit(self.frame, span)
+        x = self.draw(span).float()
+        texts = self.host.chunk_texts(self.texts, self.chunk, self._chunks())
+        chunk = InFlight(self.chunk, block, self.frame, span, self.row, x, self._solver(), texts, self._given)
+        _impose(chunk)
+        self.live.append(chunk)
+        self._given = None
+        self.frame, self.chunk, self.entered = self.frame + span, self.chunk + 1, self.entered + 1
+
+    def _chunks(self) -> int | None:
+        """Chunks of the whole take, if its end is known."""
+        if self.ends_at is None:
+            return None
+        return self.chunk + -(-(self.ends_at - self.frame) // self.geometry.chunk_frames)
+
+    def _turn(self, chunk: InFlight) -> Turn:
+        at, steps = chunk.step, self.matrix.steps
+        last = at == steps - 1 and self.ends_at is not None and chunk.frame + chunk.span >= self.ends_at
+        return Turn(chunk.chunk, at, steps, self.timesteps[at], self.levels[at], self.levels[at + 1], last)
+
+    def _advance(self, chunk: InFlight, clock: Clock) -> None:
+        """One step of one chunk."""
+        turn = self._turn(chunk)
+        if self._computed[chunk.chunk]:
+            velocity = self._velocity(chunk, turn, clock)
+            self.reuse.keep(turn, chunk.x, velocity)
+        else:
+            velocity = self._reused(chunk, turn)
+            clock.reused += len(self._passes(chunk, turn))
+        if self.on_step is not None:
+            velocity = self._shown(velocity, chunk, turn)
+        chunk.x = chunk.solver.step(velocity.float(), chunk.x)
+        chunk.step += 1
+        _impose(chunk)
+        if chunk.step < self.matrix.steps:
+            return
+        if not torch.isfinite(chunk.x).all().item():
+            raise NonFiniteError(
+                f"chunk {chunk.chunk} has NaN or infinite values, and chunks that saw it are in flight: "
+                "go back with Session.restore(snapshot), or try another seed or dtype"
+            )
+        if self.stagger.commit == "adopt":  # so that the next chunk of this row finds it finished
+            self._finish(chunk)
+
+    def _passes(self, chunk: InFlight, turn: Turn) -> tuple[Pass, ...]:
+        return self.host.passes(turn.timestep, self.guidance, first=chunk is self.live[0])
+
+    def _velocity(self, chunk: InFlight, turn: Turn, clock: Clock) -> Tensor:
+        velocities: dict[str, Tensor] = {}
+        observe = self._observed(chunk)
+        for each in self._passes(chunk, turn):
+            layers, text = self._layers(chunk.block, each, observe=observe), chunk.texts[each.text]
+            with clock:
+                if self.reuse.carries_residual:
+                    velocities[each.name], residual = self.host.forward_residual(chunk.x, turn.timestep, text, layers)
+                    self.reuse.state(chunk.chunk).residuals[each.name] = residual
+                else:
+                    velocities[each.name] = self.host.forward(chunk.x, turn.timestep, text, layers)
+        return self.host.guide(velocities, turn.timestep, self.guidance)
+
+    def _reused(self, chunk: InFlight, turn: Turn) -> Tensor:
+        """The velocity of a step that no block is computed for; K/V stay as they were."""
+        if not self.reuse.carries_residual:
+            return self.reuse.carried(turn, chunk.x)
+        velocities = {}
+        for each in self._passes(chunk, turn):
+            residual = self.reuse.state(chunk.chunk).residuals[each.name]
+            velocities[each.name], _ = self.host.forward_residual(
+                chunk.x, turn.timestep, chunk.texts[each.text], [], residual
+            )
+        return self.host.guide(velocities, turn.timestep, self.guidance)
+
+    def _shown(self, velocity: Tensor, chunk: InFlight, turn: Turn) -> Tensor:
+        """The velocity after the callback has seen the x0 it predicts."""
+        assert self.on_step is not None
+        ahead = self.levels[-1] - turn.sigma
+        x0 = chunk.x + ahead * velocity.float()
+        given = self.on_step(turn.index, turn.timestep, x0)
+        return velocity if given is x0 else (given - chunk.x) / ahead
+
+    def _observed(self, chunk: InFlight) -> bool:
+        """Whether the policy scores in this forward."""
+        moment = self.policy.moment
+        if moment == "first_step":
+            return chunk.step == 0
+        if moment == "commit":
+            return self.stagger.commit == "adopt" and chunk.step == self.matrix.steps - 1
+        if moment == "last_forward":  # the last ones before the table changes
+            ends = any(live.step >= self.matrix.steps - 1 for live in self.live)
+            return ends or self._due(self.row + 1)
+        return False
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, frame: int, span: int) -> int:
+        at = frame - self.origin
+        positions = self.host.positions(self.geometry, at, span)
+        self._planned = False
+        return self.history.admit(at, span, positions, grid=self.geometry.grid)
+
+    def _layers(self, block: int, each: Pass, *, observe: bool) -> list[Any]:
+        if not self._planned:
+            try:
+                self.history.apply(self.policy.plan(self.history.table(), self.history.signals(self.chunk)))
+            except PlanError as error:
+                raise PlanError(f"policy {self.policy.name or type(self.policy).__name__}: {error}") from error
+            self._planned = True
+        return self.history.layers(
+            each.stream, block, write=each.write, history=each.history, observe=observe and each.write
+        )
+
+    def _write(
+        self, block: int, x: Tensor, timestep: float, texts: dict[str, TextState], clock: Clock, what: str
+    ) -> None:
+        """The pass that writes K/V of (nearly) clean latents x."""
+        for each in self.host.clean_passes(self.guidance):
+            layers = self._layers(block, each, observe=self.policy.moment == "commit")
+            with clock:
+                out = self.host.forward(x, timestep, texts[each.text], layers)
+            if not (torch.isfinite(x).all() & torch.isfinite(out).all()).item():
+                raise NonFiniteError(f"{what}: NaN or infinite values; try another seed or dtype")
+
+    def _finish(self, chunk: InFlight) -> None:
+        attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
+        self._settle(chunk.block)
+        self.live.remove(chunk)
+        self.reuse.finish(chunk.chunk)
+        self._keep(chunk.x)
+        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended))
+
+    def _settle(self, block: int) -> None:
+        self.history.commit(block)
+        self._planned = False
+
+    def _solver(self) -> Solver:
+        if self.host.solver == "unipc":
+            from .unipc import UniPC
+
+            return UniPC(self.levels, self.stagger.compat)
+        if self.host.solver == "euler":
+            return Euler(self.levels)
+        return Renoise(self.levels, lambda x: self.draw(x.shape[2]))
+
+
+def _impose(chunk: InFlight) -> None:
+    """The frames that are given are what they are."""
+    if chunk.given is not None:
+        chunk.x = torch.cat((chunk.given.to(chunk.x), chunk.x[:, :, chunk.given.shape[2] :]), 2)
