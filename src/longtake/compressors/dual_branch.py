@@ -65,9 +65,9 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):  # type: ignore[misc]
             nn.Conv3d(a, b, stride if kernel is None else kernel, stride, 0 if kernel is None else kernel // 2)
             for a, b, stride in zip(sizes, sizes[1:], STRIDES, strict=False)
         )
-        self.project_out = nn.Conv3d(sizes[-1], width, 1)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
+        self.proj_out = nn.Conv3d(sizes[-1], width, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     @classmethod
     def sized(cls, latent_channels: int, width: int, **settings: Any) -> DualBranch:
@@ -86,10 +86,10 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):  # type: ignore[misc]
 
         A cell beyond the grid is cut off, which keeps every cell over the tokens it stands for (60 rows give 8 cells,
         7 are used); odd frames are averaged, so that none is left out."""
-        x = latents.to(self.project_out.weight)
+        x = latents.to(self.proj_out.weight)
         for conv in self.high:
             x = functional.silu(conv(x))
-        x = self.project_out(x)[..., : grid[1], : grid[2]]
+        x = self.proj_out(x)[..., : grid[1], : grid[2]]
         if x.shape[2] != grid[0]:
             x = functional.adaptive_avg_pool3d(x, grid)
         return x.flatten(2).transpose(1, 2)

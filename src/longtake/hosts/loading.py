@@ -99,6 +99,8 @@ def _from_folder(
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
+    from ..compressors import DualBranch
+
     if after_encoding not in TEXT_ENCODER_FATES:
         raise LongtakeError(f"text_encoder={after_encoding!r}: use one of {', '.join(TEXT_ENCODER_FATES)}")
     if config.host != "wan":
@@ -118,17 +120,21 @@ def _from_folder(
         if (folder / "text_encoder").is_dir():
             text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", **options)
+        compressor = None
+        if (folder / "compressor").is_dir():
+            compressor = DualBranch.from_pretrained(folder, subfolder="compressor", torch_dtype=dtype, **options)
     except Exception as error:  # loaders raise anything from OSError to SafetensorError
         raise LongtakeError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-    for part in (transformer, vae, text_encoder):
+    for part in (transformer, vae, text_encoder, compressor):
         if part is not None:
             part.requires_grad_(False).eval()
     transformer.to(device=device)
-    if vae is not None:
-        vae.to(device)
+    for part in (vae, compressor):
+        if part is not None:
+            part.to(device)
     return CausalWan(
         transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
-        after_encoding=after_encoding,
+        after_encoding=after_encoding, compressor=compressor,
     )  # fmt: skip
 
 
