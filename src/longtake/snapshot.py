@@ -22,7 +22,7 @@ from . import reuse as reuse_policies
 from .compressors import Compressor, TakeState
 from .errors import LongtakeError
 from .history import History
-from .history.store import Rows
+from .history.store import Rows, Store
 from .hosts.base import Host
 from .hosts.loading import load
 from .plan import Block, Form
@@ -216,7 +216,7 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise LongtakeError("a snapshot is taken between two chunks")
     tensors: dict[str, Tensor] = {}
     held: dict[str, list[Any]] = {}
-    for stream, store in history.stores.items():
+    for stream, store in _stores(history).items():
         used = store.used.nonzero()[:, 0]
         at = used.to(store.k.device)
         tensors[f"history/{stream}/used"] = used
@@ -232,6 +232,9 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
     scores = {stream: sorted(view.scores) for stream, view in history.views.items()}
     for stream, layers in scores.items():
         tensors.update({f"history/scores/{stream}/{layer}": history.views[stream].scores[layer] for layer in layers})
+    queries = {stream: sorted(view.queries) for stream, view in history.views.items()}
+    for stream, layers in queries.items():
+        tensors.update({f"history/queries/{stream}/{layer}": history.views[stream].queries[layer] for layer in layers})
     blocks = []
     for i, b in enumerate(history.table().blocks):
         forms = {
@@ -243,15 +246,25 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
             "packable": _token_set(tensors, f"history/blocks/{i}.packable", b.packable),
             "structural": _token_set(tensors, f"history/blocks/{i}.structural", b.structural),
         })  # fmt: skip
-    sizes = {stream: store.size for stream, store in history.stores.items()}
+    sizes = {stream: store.size for stream, store in _stores(history).items()}
     return tensors, {
         "held": held, "blocks": blocks, "frames_seen": history.frames_seen, "next_id": history._next_id,
-        "rows": sizes, "scores": scores,
+        "rows": sizes, "scores": scores, "queries": queries,
     }  # fmt: skip
 
 
+def _stores(history: History) -> dict[str, Store]:
+    """Every store of a history, those in host memory included, by stream."""
+    return history.stores | {f"{stream}.away": archive for stream, archive in history.archives.items()}
+
+
 def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    for stream, store in history.stores.items():
+    stores = _stores(history)
+    if lacking := [stream for stream, held in meta["held"].items() if held and stream not in stores]:
+        raise LongtakeError(f"the snapshot holds {', '.join(lacking)}, for which this policy has no place: pass the same")
+    for stream, store in stores.items():
+        if stream not in meta["rows"]:
+            continue
         if store.size < meta["rows"][stream]:
             store.grow(meta["rows"][stream])
             history.buffers.rows = max(history.buffers.rows, store.size)
@@ -265,11 +278,14 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
         for i, (block, form, present) in enumerate(meta["held"][stream]):
             values = {name: tensors[f"history/{stream}/held/{i}/{name}"] for name in present}
             for name in set(present) - {"rows", "tokens"}:
-                values[name] = values[name].to(store.k.device)
+                values[name] = values[name].to(history.device)
             store.held[(block, form)] = Rows(**values)
     for stream, layers in meta["scores"].items():
         stored = {layer: tensors[f"history/scores/{stream}/{layer}"].to(history.device) for layer in layers}
         history.views[stream].scores = stored
+    for stream, layers in meta.get("queries", {}).items():
+        stored = {layer: tensors[f"history/queries/{stream}/{layer}"].to(history.device) for layer in layers}
+        history.views[stream].queries = stored
     for i, b in enumerate(meta["blocks"]):
         held = {
             name: Form(tokens, _as_token_set(tensors, f"history/blocks/{i}/{name}", kept))
