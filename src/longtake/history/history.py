@@ -13,7 +13,7 @@ The table changes in `apply` and `commit` only, never while layers run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,8 @@ class History:
         self.blocks: list[Block] = []
         self.frames_seen = 0
         self._next_id = 0
+        # called with (stream, block, write, layers) of every pass; may add to what the layers' `observe` looks at
+        self.probe: Callable[[str, int, bool, list[LayerView]], None] | None = None
         self._live: dict[int, Live] = {}
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
         away, shown_away = offloaded
@@ -147,7 +149,10 @@ class History:
 
         Where several passes of a block share its K/V, let the one that writes be the last: after any other, the
         resident view is mended from the store before a later live block looks at it."""
-        return self.views[stream].layers(block, form, write=write, history=history, observe=observe)
+        layers = self.views[stream].layers(block, form, write=write, history=history, observe=observe)
+        if self.probe is not None:
+            self.probe(stream, block, write, layers)
+        return layers
 
     def commit(self, block: int) -> None:
         """The chunk becomes part of the past; its role changes, nothing is copied."""
