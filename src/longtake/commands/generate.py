@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..geometry import Geometry
     from ..hosts.base import Host
     from ..policies import KVPolicy
+    from ..samplers.masked import MaskedSampler
     from ..session import Session
 
 
@@ -42,6 +44,9 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     text_encoder: options.TextEncoder = "offload",
+    tokenizer: options.VideoTokenizer = None,
+    allow_torchscript: options.AllowTorchscript = False,
+    compat: options.Compat = None,
     threads: options.Threads = None,
     causal: options.Causal = False,
     family: options.CausalFamily = None,
@@ -66,6 +71,7 @@ def generate(
     fixed = {
         "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
         "guidance": guidance, "negative": negative, "memory": memory, "residency": residency,
+        "compat": compat,
     }  # fmt: skip
     if resume is not None and (given := [f"--{name}" for name, value in fixed.items() if value is not None]):
         raise LongtakeError(f"{', '.join(given)}: the snapshot of --resume settles that; leave it out")
@@ -109,7 +115,10 @@ def generate(
     shell.hush()
     source = model or told.get("host") or options.DEFAULT_MODEL
     shell.say(f"loading {source}")
-    host = load_host(source, device, dtype, family or causal or None, text_encoder)
+    host = load_host(
+        source, device, dtype, family or causal or None, text_encoder, tokenizer=tokenizer,
+        allow_torchscript=allow_torchscript,
+    )  # fmt: skip
     prompts = [text for text in (prompt, negative, *(text for _, text in switches)) if text is not None]
     check_host(host, bool(prompts), negative, guidance)
     say_cut(host, prompts)
@@ -137,7 +146,8 @@ def generate(
                 host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
                 image=None if image is None else first_frame(image, geometry.height, geometry.width),
                 height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-                residency=residency or "resident", chunks=None if snapshot else chunks,  # a snapshot's take may go on
+                sampler=compatible(host, compat, steps), residency=residency or "resident",
+                chunks=None if snapshot else chunks,  # a snapshot's take may go on
             )  # fmt: skip
         say_reuse(take)
         before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
@@ -178,11 +188,29 @@ def generate(
         shell.fail(str(made.error), shell.FAILED)
 
 
-def load_host(model: str, device: str | None, dtype: str | None, causal: bool | str | None, text_encoder: str) -> Host:
-    """`longtake.load`."""
+def load_host(
+    model: str, device: str | None, dtype: str | None, causal: bool | str | None, text_encoder: str, **parts: Any
+) -> Host:
+    """`longtake.load`, which files of code were run being said."""
     from ..hosts.loading import load
 
-    return load(model, device=device, dtype=dtype, causal=causal, text_encoder=text_encoder)
+    host = load(model, device=device, dtype=dtype, causal=causal, text_encoder=text_encoder, **parts)
+    for name, digest in getattr(getattr(host, "codec", None), "sha256", {}).items():
+        shell.say(f"{name} sha256 {digest}")
+    return host
+
+
+def compatible(host: Host, compat: str | None, steps: int | None) -> MaskedSampler | None:
+    """The model's sampler, in the variant that is asked for; None: as it is."""
+    from ..samplers import default_sampler
+    from ..samplers.masked import MaskedSampler
+
+    if compat is None:
+        return None
+    sampler = default_sampler(host.config, steps)
+    if not isinstance(sampler, MaskedSampler):
+        raise LongtakeError(f"--compat {compat}: it is for Lumos-1 models, {host.name} is none; leave it out")
+    return replace(sampler, compat=compat)
 
 
 def check_host(host: Host, reads: bool, negative: str | None, guidance: float | None) -> None:

@@ -84,6 +84,17 @@ TextEncoder = Annotated[
         "encodes its prompts at the start too).",
     ),
 ]
+VideoTokenizer = Annotated[
+    Path | None,
+    Option("--tokenizer", metavar="DIR", help="Lumos-1's video tokenizer: the folder of Cosmos-Tokenizer-DV4x8x8."),
+]
+AllowTorchscript = Annotated[
+    bool, Option("--allow-torchscript", help="The files of --tokenizer are trusted: TorchScript runs code when loaded.")
+]
+Compat = Annotated[
+    str | None,
+    Option(help="Lumos-1: upstream (the published program, token for token) or fixed.", show_default="the model's"),
+]
 Threads = Annotated[
     int | None,
     Option(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import LongtakeError
 from ..base import Decoder
+from .fsq import FSQ
 
 COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes
 COSMOS_STRIDE = (4, 8, 8)
@@ -26,7 +27,7 @@ PROBE = (5, 64, 96)  # frames, height, width of the clip a tokenizer is checked 
 
 
 class VideoTokenizer(Protocol):
-    """Pixels ↔ codes. `encode` of a clip equals `encode` of its beginning, as far as that goes (causal in time)."""
+    """Pixels ↔ codes, causal in time: a frame's codes depend on no later frame, and its pixels on no later codes."""
 
     codes: int  # how many there are
     stride: tuple[int, int, int]  # pixels per code: time, height, width
@@ -41,42 +42,6 @@ class VideoTokenizer(Protocol):
         """Bytes of weights."""
 
 
-class FSQ:
-    """Finite scalar quantisation: a code is a number written with one digit per channel, channel i to the base
-    `levels[i]`, the first channel the lowest digit."""
-
-    def __init__(self, levels: Sequence[int]) -> None:
-        if not levels or min(levels) < 2:
-            raise LongtakeError(f"FSQ levels {list(levels)}: give at least one, each 2 or more")
-        self.levels = tuple(levels)
-        self.basis = tuple(math.prod(self.levels[:i]) for i in range(len(self.levels)))
-
-    @property
-    def codes(self) -> int:
-        return math.prod(self.levels)
-
-    def digits(self, codes: Tensor) -> Tensor:
-        """Codes [...] → digits [..., channels]."""
-        basis, levels = (torch.tensor(x, device=codes.device) for x in (self.basis, self.levels))
-        return codes[..., None].long() // basis % levels
-
-    def index(self, digits: Tensor) -> Tensor:
-        """Digits [..., channels] → codes [...]."""
-        return (digits.long() * torch.tensor(self.basis, device=digits.device)).sum(-1)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Codes [...] → what a decoder is fed, [..., channels] in [−1, 1]: (digit − half the levels) / that half."""
-        half = torch.tensor([level // 2 for level in self.levels], device=codes.device)
-        return (self.digits(codes) - half) / half
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """Values [..., channels] as `values` gives them, or near → codes [...]."""
-        half = torch.tensor([level // 2 for level in self.levels], device=values.device)
-        digits = (values.float() * half).round().long() + half
-        most = torch.tensor(self.levels, device=half.device) - 1
-        return self.index(digits.clamp(min=torch.zeros_like(half), max=most))
-
-
 class CosmosTokenizer:
     """The TorchScript pair encoder.jit, decoder.jit in a folder.
 
@@ -88,10 +53,9 @@ class CosmosTokenizer:
     stride = COSMOS_STRIDE
 
     def __init__(
-        self, folder: Path | str, *, allow: bool = False, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16, context: int = CONTEXT,
-    ) -> None:  # fmt: skip
-        self.folder, self.device, self.dtype, self.context = Path(folder), torch.device(device), dtype, context
+        self, folder: Path | str, *, allow: bool = False, device: torch.device | str = "cpu", context: int = CONTEXT
+    ) -> None:
+        self.folder, self.device, self.context = Path(folder), torch.device(device), context
         if context < 1:
             raise LongtakeError(f"context of {context} latent frames: a frame is decoded after at least 1")
         paths = [self.folder / name for name in FILES]
@@ -108,11 +72,13 @@ class CosmosTokenizer:
             )
         try:
             self._encoder, self._decoder = (
-                torch.jit.load(str(path), map_location=self.device).eval().to(dtype) for path in paths
+                torch.jit.load(str(path), map_location=self.device).eval() for path in paths
             )
         except (RuntimeError, ValueError, OSError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LongtakeError(f"{self.folder}: not loadable as TorchScript ({line})") from error
+        # what the weights are: the published pair computes in bfloat16
+        self.dtype = next((p.dtype for p in self._encoder.parameters()), torch.float32)
         self._check()
 
     @torch.no_grad()
