@@ -11,6 +11,7 @@ import torch
 from ..errors import LongtakeError
 from .base import CONFIG_NAME, Host, HostConfig
 from .convert import FAMILIES
+from .lumos import loading as lumos
 from .wan import TEXT_ENCODER_FATES, CausalWan
 
 # diffusers-format conversions of causal checkpoints on the Hub, which carry no longtake.json
@@ -28,7 +29,8 @@ def embedded() -> dict[str, Path]:
 
 def load(
     source: str | Path | Any, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-    causal: bool | str | None = None, text_encoder: str = "offload",
+    causal: bool | str | None = None, text_encoder: str = "offload", tokenizer: str | Path | None = None,
+    allow_torchscript: bool = False,
 ) -> Host:  # fmt: skip
     """A host from the name of an embedded model, a folder in diffusers format, a Hub id, or a pipeline object.
 
@@ -36,6 +38,9 @@ def load(
     family (self-forcing, causal-forcing, longlive, …). `dtype` defaults to bfloat16 on a GPU and float32 on a CPU;
     `device` to the first GPU there is. `text_encoder` says what becomes of it once prompts are encoded: "offload" keeps
     it in host memory, "keep" on the device (UMT5-XXL: 11 GB), "free" nowhere, so that no prompt can follow.
+
+    A folder as Lumos-1 is published loads too. `tokenizer` is then the folder of its video tokenizer,
+    Cosmos-Tokenizer-DV4x8x8; that is TorchScript, which runs code, so `allow_torchscript` must say that it is trusted.
 
     Raises LongtakeError for a missing or unreadable model, and for a bidirectional one.
     """
@@ -52,6 +57,15 @@ def load(
     dtype = _dtype(dtype, device)
     name, found = str(source), embedded().get(str(source))
     folder = found or Path(source).expanduser()
+    fetched = not folder.is_dir() and name.startswith(lumos.REPOSITORY)
+    if fetched:
+        folder = lumos.download(name)
+    if lumos.recognised(folder):
+        return lumos.from_folder(
+            folder, name, device, dtype, tokenizer=tokenizer, allow_torchscript=allow_torchscript, fetch=fetched
+        )
+    if tokenizer is not None or allow_torchscript:
+        raise LongtakeError(f"{name} is no Lumos-1 model: it takes no video tokenizer of its own")
     if not folder.is_dir():
         if folder.is_file():
             raise LongtakeError(
