@@ -7,8 +7,9 @@ rate follows the share of the budget that is used up, and the budget already use
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,15 +28,27 @@ class Stage:
     Iterate to train: each turn yields the share of the budget used (0..1); call `step(loss)` in it.
     """
 
-    def __init__(self, name: str, folder: Path, modules: dict[str, nn.Module], minutes: float, rate: float) -> None:
+    def __init__(
+        self, name: str, folder: Path, modules: dict[str, nn.Module], minutes: float, rate: float, *,
+        optimizers: Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
+        beside: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """`optimizers` replaces the choice of them; what is `beside` has a `state_dict` and goes into the checkpoint
+        without being trained by the stage."""
+        self.beside = beside or {}
         self.name, self.folder, self.modules, self.minutes, self.rate = name, folder, modules, minutes, rate
         named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         inner = {n for n, p in named if p.ndim >= 2 and not any(part in n for part in ENDS)}
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon([p for n, p in named if n in inner], lr=rate),
-            torch.optim.AdamW([p for n, p in named if n not in inner], lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        outer = [p for n, p in named if n not in inner]
+        self.optimizers: list[torch.optim.Optimizer] = (
+            [
+                Muon([p for n, p in named if n in inner], lr=rate),
+                torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+            ]
+            if optimizers is None
+            else optimizers(self.parameters)
+        )
         self.average = [p.detach().clone() for p in self.parameters]
         self.steps, self.used, self.sums = 0, 0.0, dict[str, list[float]]()
         self.checkpoint = folder / f"{name}.pt"
@@ -89,6 +102,7 @@ class Stage:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
             "steps": self.steps,
+            "beside": {key: part.state_dict() for key, part in self.beside.items()},
             "used": self.used,
         }
         torch.save(state, self.checkpoint.with_suffix(".new"))
@@ -101,6 +115,8 @@ class Stage:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.average, self.steps, self.used = state["average"], state["steps"], state["used"]
+        for key, part in self.beside.items():
+            part.load_state_dict(state["beside"][key])
 
     def _log(self) -> None:
         means = {key: sum(values) / len(values) for key, values in self.sums.items()}
