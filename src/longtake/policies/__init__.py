@@ -2,6 +2,7 @@
 
 from .base import KVPolicy
 from .equal_budget import LastFrames, SinkWindow, Uniform
+from .flowcache_kv import FlowCacheKV
 from .full_history import FullHistory
 from .kv_range import KVRange
 from .packcache import PackCache
@@ -10,6 +11,7 @@ from .registry import available, build, describe, parse
 from .sliding_window import SlidingWindow
 
 __all__ = [
+    "FlowCacheKV",
     "FullHistory",
     "KVPolicy",
     "KVRange",
