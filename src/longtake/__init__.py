@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Session": "session", "generate": "session", "Chunk": "chunk", "ChunkStats": "chunk",
     "load": "hosts.loading", "Geometry": "geometry", "Mp4Writer": "video", "read_image": "video",
-    "KVPolicy": "policies", "FullHistory": "policies", "FlowCacheKV": "policies", "SlidingWindow": "policies", "PackCache": "policies",
+    "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies", "PackCache": "policies",
+    "FlowCacheKV": "policies",
     "PackForcing": "policies", "LastFrames": "policies", "SinkWindow": "policies", "Uniform": "policies",
     "Plan": "plan", "Entry": "plan", "Choose": "plan", "Fuse": "plan", "Drop": "plan",
     "Block": "plan", "BlockTable": "plan", "Signals": "plan", "HistoryShape": "plan",
@@ -27,7 +28,17 @@ if TYPE_CHECKING:
     from .geometry import Geometry
     from .hosts.loading import load
     from .plan import Block, BlockTable, Choose, Drop, Entry, Fuse, HistoryShape, Plan, Signals
-    from .policies import FlowCacheKV, FullHistory, KVPolicy, LastFrames, PackCache, PackForcing, SinkWindow, SlidingWindow, Uniform
+    from .policies import (
+        FlowCacheKV,
+        FullHistory,
+        KVPolicy,
+        LastFrames,
+        PackCache,
+        PackForcing,
+        SinkWindow,
+        SlidingWindow,
+        Uniform,
+    )
     from .reuse import FlowCacheReuse, NoReuse, ReplayReuse, ReusePolicy, TeaCacheReuse
     from .session import Session, generate
     from .video import Mp4Writer, read_image
