@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.analyze import analyze
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
@@ -46,6 +47,7 @@ bench = typer.Typer(cls=Commands, help=bench_cli.HELP)
 bench.command("take")(guarded(bench_cli.take))
 bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
+app.add_typer(analyze, name="analyze")
 app.add_typer(train, name="train")
 
 

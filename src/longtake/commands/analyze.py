@@ -1,0 +1,99 @@
+"""`longtake analyze`: what a model does with its past, measured while it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..errors import LongtakeError
+from . import options, shell
+from .usage import Commands
+
+analyze = typer.Typer(cls=Commands, help="Measure what a model does with its past.")
+
+
+@analyze.callback()
+def group() -> None:
+    """Measure what a model does with its past."""
+
+
+@analyze.command("decay")
+@shell.guarded
+def decay(
+    model: options.Model = None,
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", help="Prompt; may be repeated.", show_default="the model's examples")
+    ] = None,
+    seeds: Annotated[int, Option(help="Takes of each prompt.")] = 1,
+    chunks: Annotated[
+        int | None, Option(help="Length of a take in chunks.", show_default="as long as a training clip")
+    ] = None,
+    policy: Annotated[str, Option("--policy", "-p", help="What the take sees while it is measured.")] = "full",
+    size: options.Size = None,
+    anchors: Annotated[int, Option(help="First latent frames that are no history but anchors.")] = 0,
+    stream: Annotated[str, Option(help="cond or uncond.")] = "cond",
+    out: Annotated[Path, Option(help="Folder for decay.json and the figures.")] = Path("analysis"),
+    save: Annotated[
+        bool, Option("--save", help="Write rho into the model folder's longtake.json, for policies with rho=auto.")
+    ] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how attention to earlier frames falls with their age, and fit PackCache's decay to it."""
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
+    for name, value in (("--seeds", seeds), ("--chunks", chunks)):
+        if value is not None and value < 1:
+            raise LongtakeError(f"{name} {value}: give at least 1")
+    if anchors < 0:
+        raise LongtakeError(f"--anchors {anchors}: give 0 or more")
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    height, width = shell.parse_size(size)
+    shell.check_device(device)
+
+    from ..evaluate.decay import measure
+    from ..policies import parse
+    from .generate import load_host
+    from .options import DEFAULT_MODEL
+
+    name = model or DEFAULT_MODEL
+    home = _settings_file(name) if save else None
+    seen = parse(policy)
+    shell.hush()
+    host = load_host(name, device, dtype, None, "offload")
+    prompts = prompt or list(host.config.prompts)
+    if not prompts:
+        raise LongtakeError(f"{host.name} comes without example prompts: give --prompt")
+    with shell.cpu_threads(None, host):
+        report = measure(
+            host, prompts, seeds=range(seeds), chunks=chunks, policy=seen, stream=stream, anchors=anchors,
+            height=height, width=width,
+        )  # fmt: skip
+    written = report.write(out)
+    found = report.decay()
+    if home is not None:
+        if found is None or not 0 < found.rho < 1:
+            raise LongtakeError(f"nothing was saved: attention does not decay here (rho {found and found.rho})")
+        settings = json.loads(home.read_text()) | {"decay": round(found.rho, 4)}
+        from ..evaluate.provenance import write_atomically
+
+        write_atomically(home, (json.dumps(settings, indent=2) + "\n").encode())
+        written.append(home)
+    shell.answer(report.as_dict(), report.text(), as_json)
+    shell.say(f"written: {', '.join(str(path) for path in written)}")
+
+
+def _settings_file(model: str) -> Path:
+    """The longtake.json of an embedded model or a folder. Raises LongtakeError where there is none."""
+    from ..hosts.base import CONFIG_NAME
+    from ..hosts.loading import embedded
+
+    home = embedded().get(model, Path(model).expanduser()) / CONFIG_NAME
+    if not home.is_file():
+        raise LongtakeError(f"--save writes into {CONFIG_NAME} of a model folder, and {home} is not there")
+    return home
