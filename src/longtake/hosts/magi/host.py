@@ -133,8 +133,8 @@ class MagiHost(Host):
         return self.texts.prompt(embeds.to(self.device))
 
     def chunk_texts(self, texts: dict[str, TextState], chunk: int, chunks: int | None) -> dict[str, TextState]:
-        """The prompt behind the special tokens of this chunk; the null caption, of passes with and without text; and
-        nothing, for given frames."""
+        """The prompt behind the special tokens of this chunk, and the null caption: of passes without text, and of
+        passes over finished or given latents, which count as ones with text."""
         prompt = texts["cond"]
         assert isinstance(prompt, MagiText)
         remaining = None if chunks is None else chunks - 1 - chunk
@@ -143,7 +143,6 @@ class MagiHost(Host):
             "cond": Reading(embeds, [], [], self.texts.of_chunk(prompt, remaining)),
             "null": Reading(embeds, [], [], null, null=True),
             "clean": Reading(embeds, [], [], null),
-            "given": Reading(embeds, [], [], self.texts.nothing()),
         }
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -159,10 +158,10 @@ class MagiHost(Host):
             return (Pass("cond"), Pass("alone", history=False, write=False))
         return (Pass("cond"),)
 
-    def clean_passes(self, guidance: float, given: bool = False) -> tuple[Pass, ...]:
-        """The forwards that write the K/V of finished latents, or of given ones: of the base model's, the last counts,
-        the first is seen by the first pass of the chunks that run beside it."""
-        cond = Pass("cond", text="given" if given else "clean")
+    def clean_passes(self, guidance: float) -> tuple[Pass, ...]:
+        """The forwards that write the K/V of finished latents. Of the base model's two, the last one's stay; the
+        first one's are seen by the passes with text that run beside it."""
+        cond = Pass("cond", text="clean")
         return (cond, Pass("null", text="null")) if self.settings.cfg_number == 3 else (cond,)
 
     def guide(self, velocities: dict[str, Tensor], timestep: float, guidance: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a MAGI-1 chunk reads: the prompt behind its special tokens, the learned null caption, or nothing.
+"""What a MAGI-1 chunk reads: the prompt behind its special tokens, or the learned null caption.
 
 The special tokens are learned embeddings in a file of their own (`special_tokens.npz`): one says "high quality", eight
 say how many chunks are still to come (none … seven or more), so the text differs from chunk to chunk. Every text
@@ -106,10 +106,6 @@ class Texts:
             with torch.no_grad():
                 self._null = self.model.text_kv(self.model.y_embedder.null_caption_embedding[None, : self.null_tokens])
         return [[pair] for pair in self._null]
-
-    def nothing(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """No text at all: what given frames were trained to be read with."""
-        return [[(k[:, :0], v[:, :0])] for [(k, v)] in self.null()]
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,154 @@
+"""MAGI-1's rows: several passes over one K/V, and a finished chunk read once more beside the chunks that follow it.
+
+As `Staggered`, but where chunks are committed clean:
+
+    chunks that are due enter; a chunk that finished in the row before is still in flight
+    for every kind of pass (text, null caption, alone), and in it for every chunk in flight, oldest first:  a forward
+    the chunk that finished before, whose K/V are of its clean latents now, becomes the past
+    velocities of the passes are put together, every chunk takes its step
+
+So a pass with text sees what the same kind of pass made of the chunks in flight, and they need one K/V, not one per
+pass: the last pass that writes leaves the ones that stay. The last chunk of a take is never read again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunk import Clock
+from ..errors import NonFiniteError
+from ..history import LayerView
+from ..hosts.base import Pass, TextState
+from ..hosts.magi.host import MagiHost
+from ..policies import KVRange
+from .staggered import Finished, InFlight, Stagger, Staggered, _impose
+
+
+class MagiStaggered(Staggered):
+    """One take (or several in lockstep) of a MAGI-1 host; see `Staggered`."""
+
+    host: MagiHost
+
+    def __init__(
+        self, host: MagiHost, geometry: Any, history: Any, policy: Any, reuse: Any, stagger: Stagger, **options: Any
+    ) -> None:
+        super().__init__(host.with_steps(stagger.steps), geometry, history, policy, reuse, stagger, **options)
+
+    def _row(self, clock: Clock) -> None:
+        if self.stagger.commit == "adopt":
+            return super()._row(clock)
+        if self.until is not None and self.frame >= self.until and not self._denoising():
+            raise StopIteration
+        while self._due(self.row):
+            self._enter()
+        turns = [chunk for chunk in self._denoising() if chunk.step <= self.row - chunk.start]
+        if not self._computed:
+            decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
+            self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
+        velocities = self._forwards([chunk for chunk in turns if self._computed[chunk.chunk]], clock)
+        for chunk in self._done_before():
+            self._settle(chunk.block)
+            self.live.remove(chunk)
+        for chunk in turns:
+            self._advance_by(chunk, velocities.get(chunk.chunk), clock)
+        self._computed = {}
+        self.row += 1
+        return None
+
+    def _denoising(self) -> list[InFlight]:
+        return [chunk for chunk in self.live if chunk.step < self.matrix.steps]
+
+    def _done_before(self) -> list[InFlight]:
+        """Chunks that took their last step in an earlier row: this one reads them once more."""
+        return [chunk for chunk in self.live if chunk.start + self.matrix.steps <= self.row]
+
+    # --- forwards ----------------------------------------------------------------------------------------------------
+
+    def _forwards(self, computed: list[InFlight], clock: Clock) -> dict[int, Tensor]:
+        """The velocities of this row by chunk; K/V of every chunk that is computed, or was finished before, are
+        written."""
+        finished = self._done_before()
+        first = next((chunk for chunk in self.live if chunk not in finished), None)
+        plan: list[tuple[InFlight, float, dict[str, Pass]]] = []
+        for chunk in (*finished, *computed):
+            clean = chunk in finished
+            t = self.host.clean_timestep if clean else self.timesteps[chunk.step]
+            passes = (
+                self.host.clean_passes(self.guidance) if clean
+                else self.host.passes(t, self.guidance, first=chunk is first)
+            )  # fmt: skip
+            plan.append((chunk, t, {each.name: each for each in passes}))
+        made: dict[int, dict[str, Tensor]] = {chunk.chunk: {} for chunk in computed}
+        for name in dict.fromkeys(name for _, _, passes in plan for name in passes):
+            for chunk, t, passes in plan:
+                if name not in passes:
+                    continue
+                last = name == [each.name for each in passes.values() if each.write][-1]
+                out = self._pass(chunk, t, passes[name], clock, observe=last and self._looked_at(chunk, finished))
+                if chunk.chunk in made:
+                    made[chunk.chunk][name] = out
+        times = {chunk.chunk: t for chunk, t, _ in plan}
+        return {number: self.host.guide(out, times[number], self.guidance) for number, out in made.items()}
+
+    def _pass(self, chunk: InFlight, t: float, each: Pass, clock: Clock, *, observe: bool) -> Tensor:
+        layers = self._layers(chunk.block, each, observe=observe)
+        if each.history and isinstance(self.policy, KVRange):
+            self._limit(layers, chunk.span, self.policy.reach(chunk.step, self.matrix.steps))
+        with clock:
+            return self.host.forward(chunk.x, t, chunk.texts[each.text], layers)
+
+    def _limit(self, layers: list[LayerView], span: int, reach: int) -> None:
+        """Hide what lies more than `reach` chunks back, the one in flight included."""
+        frames = span + (reach - 1) * self.geometry.chunk_frames
+        for view in layers:
+            hidden = max(0, view.k.shape[1] - frames * self.geometry.tokens_per_frame)
+            view.k, view.v = view.k[:, hidden:], view.v[:, hidden:]
+
+    def _looked_at(self, chunk: InFlight, finished: list[InFlight]) -> bool:
+        """Whether the policy scores in this forward."""
+        if chunk in finished:
+            return self.policy.moment == "commit"
+        return self.policy.moment != "commit" and self._observed(chunk)
+
+    def _write(
+        self, block: int, x: Tensor, timestep: float, texts: dict[str, TextState], clock: Clock, what: str
+    ) -> None:
+        """The K/V of given frames."""
+        each = self.host.clean_passes(self.guidance)[-1]
+        layers = self._layers(block, each, observe=self.policy.moment == "commit")
+        if isinstance(self.policy, KVRange):
+            self._limit(layers, self.geometry.chunk_frames, self.policy.clean)
+        with clock:
+            out = self.host.forward(x, timestep, self.host.chunk_texts(texts, 0, None)[each.text], layers)
+        if not (torch.isfinite(x).all() & torch.isfinite(out).all()).item():
+            raise NonFiniteError(f"{what}: NaN or infinite values; are they finite, and in -1 to 1?")
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _advance_by(self, chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
+        """One step of one chunk, by the velocity computed for it or the one it reuses."""
+        turn = self._turn(chunk)
+        if velocity is None:
+            velocity = self._reused(chunk, turn)
+            clock.reused += len(self._passes(chunk, turn))
+        else:
+            self.reuse.keep(turn, chunk.x, velocity)
+        if self.on_step is not None:
+            velocity = self._shown(velocity, chunk, turn)
+        chunk.x = chunk.solver.step(velocity.float(), chunk.x)
+        chunk.step += 1
+        _impose(chunk)
+        if chunk.step < self.matrix.steps:
+            return
+        if not torch.isfinite(chunk.x).all().item():
+            raise NonFiniteError(
+                f"chunk {chunk.chunk} has NaN or infinite values, and chunks that saw it are in flight: "
+                "go back with Session.restore(snapshot), or try another seed or dtype"
+            )
+        attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
+        self.reuse.finish(chunk.chunk)
+        self._keep(chunk.x)
+        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended))
