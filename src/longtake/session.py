@@ -20,10 +20,11 @@ from .history import History
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
 from .plan import COMPRESSED, HistoryShape, Plan
-from .policies import KVPolicy, SlidingWindow
+from .policies import FullHistory, KVPolicy, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
-from .samplers import Sampler, Sampling, default_sampler
+from .samplers import Sampler, Sampling, default_sampler, staggered
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
+from .samplers.staggered import Stagger, Staggered
 
 
 @dataclass
@@ -49,9 +50,10 @@ class Session:
         seed: one number (takes in lockstep get seed, seed + 1, …) or one per take; or `generator`, as in diffusers.
         height, width: pixels; default the model's.
         num_inference_steps: default the model's own list of timesteps.
-        sampler: e.g. `MaskedSampler(compat="upstream")`; default the model's own.
+        sampler: e.g. `MaskedSampler(compat="upstream")` or `Stagger(steps=50, lag=5)`; default the model's own.
         guidance_scale: 1 is no guidance and one stream.
         chunks: an upper limit if it is known; the take then ends by itself, and full history is allocated at once.
+        num_frames: the same in pixel frames, a given image included; a staggered take may end in a shorter chunk.
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
         keep_latents: keep the latents of every chunk the history holds, so that `rebuild` can rewrite its K/V.
@@ -73,8 +75,8 @@ class Session:
         image: Tensor | None = None, seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
-        guidance_scale: float | None = None, sampler: Sampler | None = None, chunks: int | None = None,
-        residency: str = "resident",
+        guidance_scale: float | None = None, sampler: Sampler | None = None,
+        chunks: int | None = None, num_frames: int | None = None, residency: str = "resident",
         memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
@@ -105,12 +107,15 @@ class Session:
 
         given_frames = 0 if image is None else 1
         self._frames = None if chunks is None else chunks * self.geometry.chunk_frames + given_frames
+        if num_frames is not None:
+            self._frames = self._length(num_frames, chunks, given_frames)
+            self.chunks = -(-(self._frames - given_frames) // self.geometry.chunk_frames)
         self._prompt, text = self._encode(prompt, prompt_embeds, "prompt")
         self.batch = len(text.embeds)
         self.lockstep = self.batch > 1 or not (prompt is None or isinstance(prompt, str))
         self._streams: dict[str, _Stream] = {"cond": _Stream(text)}
         self._negative: str | list[str] = ""
-        if self.guidance_scale != 1:
+        if "uncond" in self.host.streams(self.guidance_scale):
             if negative_prompt is None and negative_prompt_embeds is None:
                 negative_prompt_embeds = self.host.unconditional(text.embeds)
             self._negative, negative = self._encode(
@@ -123,7 +128,8 @@ class Session:
             self._streams["uncond"] = _Stream(negative)
         self.host.prompts_encoded()
         self._pending: TextState | None = None
-        self._reuse = ReuseRun(self.reuse, self.host.feature, renoised=True)
+        renoised = not isinstance(self.sampler, Stagger) or self.host.solver == "renoise"
+        self._reuse = ReuseRun(self.reuse, self.host.feature, renoised=renoised)
         if self._reuse.active and not self.sampler.reuses:
             raise LongtakeError(f"reuse={self.reuse.name}: {self.host.name} draws codes, not velocities; leave it out")
         self._unobserved = False  # the last step of the chunk in flight was reused
@@ -141,6 +147,7 @@ class Session:
         self.index = 0  # next chunk
         self.stats = SessionStats()
         self._first_frames: Tensor | None = None
+        self._staggered = self._stagger(self.sampler) if isinstance(self.sampler, Stagger) else None
         if image is not None:
             self._begin_with(image)
 
@@ -151,12 +158,14 @@ class Session:
 
     @torch.no_grad()
     def __next__(self) -> Chunk:
-        if self.chunks is not None and self.index >= self.chunks:
+        if self._staggered is None and self.chunks is not None and self.index >= self.chunks:
             raise StopIteration
         started = time.perf_counter()
         self._obey()
         self._begin()
         clock = Clock()
+        if self._staggered is not None:
+            return self._next_staggered(self._staggered, clock, started)
         rng = self._noise_state()
         block = self._admit(self.geometry.chunk_frames)
         kept = self.sampler.commits_last or self.index + 1 != self.chunks
@@ -194,10 +203,29 @@ class Session:
             clock.forwards, clock.reused, compress_seconds,
             decisions=self._reuse.finish(self.index),
         )  # fmt: skip
-        self.frame += self.geometry.chunk_frames
+        return self._hand_out(frames, x0, stats)
+
+    def _next_staggered(self, take: Staggered, clock: Clock, started: float) -> Chunk:
+        """The chunk that finishes next; others stay in flight."""
+        finished = take.next(clock)
+        decode_started = time.perf_counter()
+        frames = self._decode(finished.latents)
+        decode_seconds = time.perf_counter() - decode_started
+        take.pop()
+        self._ahead = None
+        frames = self._show(frames)
+        stats = ChunkStats(
+            self.index, finished.frame, finished.latents.shape[2], 0 if frames is None else frames.shape[1],
+            time.perf_counter() - started, clock.seconds, decode_seconds, finished.attended, self.history.held_bytes,
+            clock.forwards, clock.reused, decisions=finished.decisions,
+        )  # fmt: skip
+        return self._hand_out(frames, finished.latents, stats)
+
+    def _hand_out(self, frames: Tensor | None, latents: Tensor, stats: ChunkStats) -> Chunk:
+        self.frame = stats.frame + stats.latent_frames
         self.index += 1
         self.stats.add(stats)
-        chunk = Chunk(stats.index, _one(frames, self.lockstep), _one(x0, self.lockstep), stats)
+        chunk = Chunk(stats.index, _one(frames, self.lockstep), _one(latents, self.lockstep), stats)
         if self.callback_on_chunk_end is not None:
             given = {"frames": chunk.frames, "latents": chunk.latents, "stats": stats}
             changed = self.callback_on_chunk_end(self, chunk.index, given) or {}
@@ -207,8 +235,11 @@ class Session:
     @torch.no_grad()
     def extend(self, latents: Tensor) -> None:
         """Commit given clean latents [B, C, f, h, w] as the next chunks, as if the take had made them: a video to be
-        continued. f is a whole number of chunks; the frames they decode to are not given again. Raises LongtakeError for
-        another shape, NonFiniteError for NaN or infinity."""
+        continued. f is a whole number of chunks; the frames they decode to are not given again. A staggered take begins
+        with them, and f is any number. Raises LongtakeError for another shape, NonFiniteError for NaN or infinity."""
+        if self._staggered is not None:
+            self._begin_staggered(self._staggered, latents)
+            return
         span, size = self.geometry.chunk_frames, (self.geometry.channels, *self.geometry.latent_size)
         given = tuple(latents.shape)
         if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, self.batch) or given[2] % span:
@@ -261,6 +292,8 @@ class Session:
         """Rewrite the K/V of every held chunk from its latents under the prompt in force, oldest first, each seeing
         what the policy shows it of those before (prompt recache, chunk by chunk). Chunks that have lost tokens stay as
         they are. Returns the number of chunks rewritten. Needs `keep_latents=True`."""
+        if self._staggered is not None:
+            raise LongtakeError("rebuild is for takes of one chunk at a time: here, others are in flight")
         if self._latents is None:
             raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
         self._obey()
@@ -289,6 +322,7 @@ class Session:
         parts["decoder"] = self.decoder.nbytes if self.decoder is not None else 0
         parts["decoder"] += self._first_frames.nbytes if self._first_frames is not None else 0
         parts["latents"] = sum(latents.nbytes for latents in (self._latents or {}).values())
+        parts["latents"] += self._staggered.nbytes if self._staggered is not None else 0
         parts["compressor"] = self._compressing.nbytes + sum(tokens.nbytes for tokens in self._tokens.values())
         parts["reuse"] = self._reuse.nbytes
         return {**parts, "total": sum(parts.values())}
@@ -296,7 +330,7 @@ class Session:
     def reuse_schedule(self) -> list[Decision] | None:
         """What the reuse policy will decide for each step of a chunk, where that is known before the take: with a
         metric that holds nothing of the video. None where it is not."""
-        return self._reuse.schedule(self._turns(0))
+        return self._reuse.schedule(self._turns(0) if self._staggered is None else self._staggered.turns())
 
     def snapshot(self, path: Any) -> None:
         """Write all that the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""
@@ -328,6 +362,10 @@ class Session:
             history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor), frames=frames,
             anchor_tokens=anchors,
         )
+        if isinstance(self.sampler, Stagger):
+            steps = len(self.host.timetable(self.sampler.steps)[0])
+            _, live, frames = self.sampler.layout(self.geometry, steps, self._frames)
+            shape = replace(shape, frames=frames, live_chunks=live)
         self.policy = self.policy.settle(shape)
         self.policy.check(shape)
         capacity, visible = self.policy.capacity(shape), self.policy.visible(shape)
@@ -354,6 +392,51 @@ class Session:
             key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
             offloaded=self.policy.offloaded(shape), dtype=self.host.dtype, device=self.host.device,
         )  # fmt: skip
+
+    def _stagger(self, sampler: Stagger) -> Staggered:
+        """What runs this take, several chunks at a time."""
+        height, width = self.geometry.latent_size
+        if self._latents is not None:
+            raise LongtakeError("keep_latents is for rebuild, which takes of one chunk at a time have: leave it out")
+        if self.compressor is not None:
+            raise LongtakeError(f"{self.policy.name} keeps compressed chunks, which a staggered take cannot make yet")
+        if sampler.window is None:
+            sampler.check(self.geometry, self.host.config.training_frames, len(self.host.timetable(sampler.steps)[0]))
+        return staggered(self.host)(
+            self.host, self.geometry, self.history, self.policy, self._reuse, sampler,
+            draw=lambda n: self.noise.draw(self.geometry.channels, n, height, width).to(self.host.device),
+            texts={name: stream.text for name, stream in self._streams.items()}, guidance=self.guidance_scale,
+            ends_at=self._frames, on_step=self._predicted if self.callback_on_step_end is not None else None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _begin_staggered(self, take: Staggered, latents: Tensor) -> Tensor | None:
+        """Start a staggered take from given latents; the frames they decode to."""
+        size, given = (self.geometry.channels, *self.geometry.latent_size), tuple(latents.shape)
+        if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, self.batch):
+            raise LongtakeError(f"latents {list(given)}: give [{self.batch}, {size[0]}, f, {size[1]}, {size[2]}]")
+        if self.frame or self.index:
+            raise LongtakeError("a staggered take has begun: latents are given before its first chunk")
+        self._obey()
+        latents = latents.to(self.host.device).expand(self.batch, -1, -1, -1, -1)
+        take.begin(latents)
+        frames = self._decode(latents)
+        self._ahead, self.frame = None, latents.shape[2]
+        return frames
+
+    def _length(self, num_frames: int, chunks: int | None, given: int) -> int:
+        """Latent frames of a take of `num_frames` pixel frames."""
+        frames, whole = self.geometry.latent_frames(num_frames), self.geometry.chunk_frames
+        if chunks is not None:
+            raise LongtakeError("say how long: chunks= or num_frames=, one of them")
+        if frames <= given:
+            raise LongtakeError(f"{num_frames} frames: ask for more than the {self.geometry.pixel_frames(given)} given")
+        if isinstance(self.sampler, Stagger) or (frames - given) % whole == 0:
+            return frames
+        near = [self.geometry.pixel_frames(given + whole * ((frames - given) // whole + k)) for k in (0, 1)]
+        raise LongtakeError(
+            f"{num_frames} frames are no whole number of chunks: use {' or '.join(str(n) for n in near if n > 0)}"
+        )
 
     def _begin(self) -> None:
         """Where prompts are part of the sequence, their K/V are the first block of the history, never dropped."""
@@ -450,19 +533,20 @@ class Session:
 
         self._unobserved = False
 
-        def predicted(x0: Tensor, t: float, step: int) -> Tensor:
-            if self.callback_on_step_end is None:
-                return x0
-            given = (self.callback_on_step_end(self, step, t, {"latents": x0}) or {}).get("latents", x0)
-            if given.shape != x0.shape:
-                raise LongtakeError(
-                    f"callback_on_step_end gave latents of shape {tuple(given.shape)}, the chunk has {tuple(x0.shape)}"
-                )
-            return given.to(x0)
-
         return self.sampler.sample(Sampling(
-            self.host, self.geometry, self.batch, self.schedule, self.index, self.noise, velocity, predicted
+            self.host, self.geometry, self.batch, self.schedule, self.index, self.noise, velocity, self._predicted
         ))  # fmt: skip
+
+    def _predicted(self, x0: Tensor, t: float, step: int) -> Tensor:
+        """A step's prediction of the finished chunk, or what the callback makes of it."""
+        if self.callback_on_step_end is None:
+            return x0
+        given = (self.callback_on_step_end(self, step, t, {"latents": x0}) or {}).get("latents", x0)
+        if given.shape != x0.shape:
+            raise LongtakeError(
+                f"callback_on_step_end gave latents of shape {tuple(given.shape)}, the chunk has {tuple(x0.shape)}"
+            )
+        return given.to(x0)
 
     def _write(self, x0: Tensor, block: int, clock: Clock, given: bool = False) -> Tensor:
         """The commit pass of every stream: the K/V that later chunks will see of this one."""
@@ -542,6 +626,10 @@ class Session:
         image = image.reshape(-1, *size)
         latents = self.host.encode_image(image)
         latents = (latents.float() if latents.is_floating_point() else latents).expand(self.batch, -1, -1, -1, -1)
+        if self._staggered is not None:
+            frames = self._begin_staggered(self._staggered, latents)
+            self._first_frames = frames if self.decode else None
+            return
         self._begin()
         block = self._admit(1, role="anchor" if self.history.blocks else "live")  # as the prompt is, so is its image
         written = self._write(latents, block, Clock(), given=True)
@@ -556,6 +644,8 @@ class Session:
         """A prompt that was set since the last chunk comes into force."""
         if self._pending is not None:
             self._streams["cond"].text, self._pending = self._pending, None
+            if self._staggered is not None:
+                self._staggered.texts = {name: stream.text for name, stream in self._streams.items()}
 
     def _check_switch(self) -> None:
         if self.host.prefix(self._streams["cond"].text) is not None:
@@ -601,6 +691,8 @@ class Session:
 def default_policy(host: Host) -> KVPolicy:
     """The window a model was made for: its own setting, else its training length with one chunk as sink."""
     config = host.config
+    if config.sampler == "staggered" and config.overlap is not None:
+        return FullHistory()  # of a window, which is as long as the clips it was trained on
     frames = config.window or config.training_frames
     sink = config.chunk_frames if config.sink is None else config.sink
     return SlidingWindow(frames, min(sink, frames - config.chunk_frames))
@@ -620,9 +712,11 @@ def history_shape(
 
 def generate(model: Host | Any, *, seconds: float | None = None, chunks: int | None = None, **options: Any) -> Session:
     """A session that ends by itself after `seconds` of video, or after `chunks`; options as for `Session`."""
-    if (seconds is None) == (chunks is None):
-        raise LongtakeError("say how long: seconds= or chunks=, one of them")
+    if [seconds, chunks, options.get("num_frames")].count(None) != 2:
+        raise LongtakeError("say how long: seconds=, chunks= or num_frames=, one of them")
     host = model if isinstance(model, Host) else load(model)
+    if options.get("num_frames") is not None:
+        return Session(host, **options)
     if seconds is not None:
         geometry = host.geometry(options.get("height"), options.get("width"))
         chunks = geometry.chunks(seconds, given=0 if options.get("image") is None else 1)

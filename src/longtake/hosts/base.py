@@ -209,6 +209,10 @@ class Host(ABC):
         """Timesteps as the model takes them, and the noise levels a chunk passes through, one more of them."""
         raise LongtakeError(f"{self.name} runs one chunk at a time: it has no staggered timetable")
 
+    def streams(self, guidance: float) -> tuple[str, ...]:
+        """The guidance streams of a take, each with K/V and a prompt of its own."""
+        return ("cond",) if guidance == 1 else ("cond", "uncond")
+
     def passes(self, timestep: float, guidance: float, *, first: bool) -> tuple[Pass, ...]:
         """The forwards of one step at `timestep`, in order; `first` says that nothing in flight is before the chunk."""
         cond = Pass("cond")

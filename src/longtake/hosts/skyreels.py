@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LongtakeError
 from ..history import LayerView
-from .base import HostConfig, TextState
+from .base import TextState
 from .reusable import latent_feature, timestep_feature
 from .wan import CausalWan
 
@@ -62,7 +62,7 @@ class SkyReels(CausalWan):
         if self._released():  # the chunk would be generated without its past
             raise LongtakeError(f"{self.name}: this host was released; make a new one with longtake.load")
         model, (batch, _, frames, height, width) = self.transformer, latents.shape
-        with self._bound(text, layers), awake(model):
+        with self.bound(text, layers), awake(model):
             before = model.patch_embedding(latents.to(self.device, self.dtype)).flatten(2).transpose(1, 2)
             times, modulation = self._times(timestep)
             after = before if residual is None else before + residual

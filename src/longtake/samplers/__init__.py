@@ -9,13 +9,29 @@ from .base import Sampler, Sampling
 from .chunked import ChunkedSampler, Schedule
 
 if TYPE_CHECKING:
-    from ..hosts.base import HostConfig
+    from ..hosts.base import Host, HostConfig
+    from .staggered import Stagger, Staggered
 
-__all__ = ["ChunkedSampler", "Sampler", "Sampling", "Schedule", "default_sampler"]
+__all__ = ["ChunkedSampler", "Sampler", "Sampling", "Schedule", "default_sampler", "staggered"]
 
 
-def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler:
+def staggered(host: Host) -> type[Staggered]:
+    """What runs the takes of a staggered host."""
+    if host.config.host == "magi":
+        from .magi import MagiStaggered
+
+        return MagiStaggered
+    from .staggered import Staggered
+
+    return Staggered
+
+
+def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler | Stagger:
     """The sampler a model is configured for, with `steps` instead of its own number of them."""
+    if config.sampler == "staggered":
+        from .staggered import Stagger
+
+        return Stagger.of(config, steps)
     if config.sampler == "masked":
         from .masked import MaskedSampler
 

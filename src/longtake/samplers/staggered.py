@@ -16,8 +16,8 @@ and the last frames of the one before, carried over as latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,19 +28,22 @@ from ..errors import LongtakeError, NonFiniteError, PlanError
 from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import Host, HostConfig, Pass, TextState
-from ..plan import HistoryShape
 from ..policies import KVPolicy
-from ..reuse import ReuseRun, Turn
+from ..reuse import Decision, ReuseRun, Turn
+from .base import Sampler, Sampling
+from .chunked import NoiseSource, Schedule
 from .solvers import Euler, Renoise, Solver
 from .step_matrix import StepMatrix
 
 COMMITS = ("clean", "adopt")
 COMPAT = ("fixed", "upstream")
+_PLACE = ("origin", "until", "frame", "chunk", "row", "entered")  # where a take stands
+_NUMBERS = ("chunk", "block", "frame", "span", "start", "chunks", "step")  # of a chunk in flight
 
 
 @dataclass(frozen=True)
-class Stagger:
-    """How a staggered take is laid out."""
+class Stagger(Sampler):
+    """How a staggered take is laid out. It is run by a `Staggered`, which keeps the chunks in flight."""
 
     steps: int | None = None  # denoising steps per chunk; None: the model's
     lag: int = 5  # steps by which a chunk is behind the one before it; 0: all together (diffusers: `ar_step`)
@@ -56,27 +59,48 @@ class Stagger:
             if getattr(self, name) not in known:
                 raise LongtakeError(f"{name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         if not 0 <= self.condition_noise < 1000:
-            raise LongtakeError(f"condition_noise {self.condition_noise}: give thousandths, 0 to below 1000 (20 is usual)")
+            raise LongtakeError(f"condition_noise {self.condition_noise}: give thousandths, 0 to 999 (20 is usual)")
         if self.overlap < 0 or (self.window is not None and not self.overlap < self.window):
             raise LongtakeError(
-                f"windows of {self.window} latent frames that overlap by {self.overlap}: overlap by fewer than they have"
+                f"windows of {self.window} latent frames that overlap by {self.overlap}: let them overlap by less"
             )
 
     @classmethod
-    def of(cls, config: HostConfig) -> Stagger:
-        """As the model has it."""
+    def of(cls, config: HostConfig, steps: int | None = None) -> Stagger:
+        """As the model has it, with `steps` instead of its own number of them."""
         windows = config.overlap is not None
         return cls(
-            config.steps, config.lag, config.training_frames if windows else None, config.overlap or 0,
+            steps or config.steps, config.lag, config.training_frames if windows else None, config.overlap or 0,
             config.condition_noise, config.commit,
         )  # fmt: skip
+
+    @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        """Of a single chunk there is none: see `Host.timetable`."""
+        return Schedule(())
+
+    def noise(self, generators: Sequence[torch.Generator]) -> NoiseSource:
+        return NoiseSource(generators)
+
+    def sample(self, chunk: Sampling) -> Tensor:
+        raise TypeError("a staggered take samples several chunks at once: Staggered runs it")
+
+    def commit_input(self, x0: Tensor, geometry: Geometry, stream: str, given: bool = False) -> tuple[Tensor, float]:
+        raise TypeError("a staggered take commits by itself: Staggered runs it")
+
+    def sound(self, x0: Tensor) -> Tensor:
+        return torch.isfinite(x0).all()
+
+    def check(self, geometry: Geometry, frames: int, steps: int) -> None:
+        """Raise LongtakeError if more chunks would be in flight than a model of so many latent frames sees."""
+        matrix, live, _ = self.layout(geometry, steps, None)
+        matrix.check(live, frames // geometry.chunk_frames)
 
     def layout(self, geometry: Geometry, steps: int, ends_at: int | None) -> tuple[StepMatrix, int, int | None]:
         """The step matrix, the most chunks in flight, and the most latent frames that one history ever holds."""
         matrix = StepMatrix(steps, self.lag)
         lengths = [n for n in (self.window, ends_at) if n is not None]
         frames = min(lengths) if lengths else None
-        # one more than fit: given frames need not fill whole chunks
         chunks = None if frames is None else -(-frames // geometry.chunk_frames)
         return matrix, matrix.in_flight(chunks), frames
 
@@ -92,7 +116,9 @@ class InFlight:
     start: int  # row of its first step
     x: Tensor  # fp32 [B, C, f, h, w]
     solver: Solver
-    texts: dict[str, TextState]
+    texts: dict[str, TextState]  # as the passes name them
+    said: dict[str, TextState]  # the take's prompts when it entered …
+    chunks: int | None  # … and its chunks, if they were known
     given: Tensor | None = None  # latents [B, C, g, h, w] that its first frames have at every step
     step: int = 0  # steps taken
 
@@ -105,13 +131,14 @@ class Finished:
     frame: int
     latents: Tensor  # fp32 [B, C, f, h, w]
     attended: int
+    decisions: tuple[Decision, ...] = ()  # of its steps, by the reuse policy
 
 
 class Staggered:
     """One take (or several in lockstep) of a staggered host: `next`, then `pop`, chunk after chunk.
 
     `draw(frames)` gives noise [B, C, frames, h, w]; `texts` are the prompts by name and may be replaced at any time:
-    chunks that enter later are given the new ones. `on_step(step, timestep, x0)` sees, and may replace, what a chunk's
+    chunks that enter later are given the new ones. `on_step(x0, timestep, step)` sees, and may replace, what a chunk's
     step predicts. `ends_at` is the take's length in latent frames, given ones included.
 
     Anything raised leaves the take as it stood before the forward it was raised in: call `next` again to go on.
@@ -120,7 +147,7 @@ class Staggered:
     def __init__(
         self, host: Host, geometry: Geometry, history: History, policy: KVPolicy, reuse: ReuseRun, stagger: Stagger, *,
         draw: Callable[[int], Tensor], texts: dict[str, TextState], guidance: float = 1.0, ends_at: int | None = None,
-        on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+        on_step: Callable[[Tensor, float, int], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.host, self.geometry, self.history = host, geometry, history
         self.policy, self.reuse, self.stagger = policy, reuse, stagger
@@ -164,6 +191,68 @@ class Staggered:
         """The chunk has been handed out."""
         del self.done[0]
 
+    def turns(self) -> list[Turn]:
+        """The steps of a chunk, as reuse policies see them."""
+        steps = self.matrix.steps
+        return [Turn(0, k, steps, self.timesteps[k], self.levels[k], self.levels[k + 1]) for k in range(steps)]
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a continuation depends on but the history, the noise and the reuse: tensors, and what JSON takes."""
+        tensors: dict[str, Tensor] = {}
+        if self.tail is not None:
+            tensors["tail"] = self.tail
+        if self._given is not None:
+            tensors["given"] = self._given
+        texts: list[TextState] = []
+        live = []
+        for i, chunk in enumerate(self.live):
+            solver, told = chunk.solver.state_dict()
+            tensors[f"live/{i}/x"] = chunk.x
+            if chunk.given is not None:
+                tensors[f"live/{i}/given"] = chunk.given
+            tensors |= {f"live/{i}/solver/{name}": x for name, x in solver.items()}
+            for text in chunk.said.values():
+                if not any(text is known for known in texts):
+                    texts.append(text)
+            said = {
+                name: next(k for k, known in enumerate(texts) if known is text) for name, text in chunk.said.items()
+            }
+            live.append({name: getattr(chunk, name) for name in _NUMBERS} | {"solver": told, "said": said})
+        tensors |= {f"texts/{k}": text.embeds for k, text in enumerate(texts)}
+        tensors |= {f"done/{i}": finished.latents for i, finished in enumerate(self.done)}
+        done = [
+            {"chunk": f.chunk, "frame": f.frame, "attended": f.attended, "decisions": [asdict(d) for d in f.decisions]}
+            for f in self.done
+        ]
+        return tensors, {name: getattr(self, name) for name in _PLACE} | {"live": live, "done": done}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Go on from `state_dict`, in a history that was restored too."""
+        device = self.host.device
+        at = lambda name: tensors[name].to(device) if name in tensors else None
+        for name in _PLACE:
+            setattr(self, name, meta[name])
+        self.tail, self._given, self._planned, self._computed = at("tail"), at("given"), False, {}
+        numbers = sorted({int(name.removeprefix("texts/")) for name in tensors if name.startswith("texts/")})
+        texts = [self.host.text_state(tensors[f"texts/{k}"]) for k in numbers]
+        self.live = []
+        for i, told in enumerate(meta["live"]):
+            said = {name: texts[k] for name, k in told["said"].items()}
+            solver, start = self._solver(), f"live/{i}/solver/"
+            held = {k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)}
+            solver.load_state_dict(held, told["solver"])
+            x = at(f"live/{i}/x")
+            assert x is not None
+            self.live.append(InFlight(
+                **{name: told[name] for name in _NUMBERS}, x=x, solver=solver, said=said,
+                texts=self.host.chunk_texts(said, told["chunk"], told["chunks"]), given=at(f"live/{i}/given"),
+            ))  # fmt: skip
+        self.done = []
+        for i, told in enumerate(meta["done"]):
+            decisions = tuple(Decision(**decision) for decision in told["decisions"])
+            latents = tensors[f"done/{i}"].to(device)
+            self.done.append(Finished(told["chunk"], told["frame"], latents, told["attended"], decisions))
+
     @property
     def nbytes(self) -> int:
         """Bytes of latents and solver states."""
@@ -199,7 +288,7 @@ class Staggered:
             x = piece if level == 0 else (1 - level) * piece + level * self.draw(piece.shape[2]).to(piece)
             timestep = self.stagger.condition_noise or self.host.clean_timestep
             try:
-                self._write(block, x, timestep, self.texts, Clock(), f"given latent frames from {self.frame} on")
+                self._write(block, x, timestep, self.texts, Clock(), f"the given latent frames from {self.frame} on")
             except BaseException:
                 self.history.abandon(block)
                 self._planned = False
@@ -244,8 +333,11 @@ class Staggered:
         span = span if self.until is None else min(span, self.until - self.frame)
         block = self._admit(self.frame, span)
         x = self.draw(span).float()
-        texts = self.host.chunk_texts(self.texts, self.chunk, self._chunks())
-        chunk = InFlight(self.chunk, block, self.frame, span, self.row, x, self._solver(), texts, self._given)
+        said, chunks = dict(self.texts), self._chunks()
+        texts = self.host.chunk_texts(said, self.chunk, chunks)
+        chunk = InFlight(
+            self.chunk, block, self.frame, span, self.row, x, self._solver(), texts, said, chunks, self._given
+        )
         _impose(chunk)
         self.live.append(chunk)
         self._given = None
@@ -264,27 +356,29 @@ class Staggered:
 
     def _advance(self, chunk: InFlight, clock: Clock) -> None:
         """One step of one chunk."""
+        velocity = self._velocity(chunk, self._turn(chunk), clock) if self._computed[chunk.chunk] else None
+        self._step(chunk, velocity, clock)
+        if chunk.step == self.matrix.steps and self.stagger.commit == "adopt":
+            self._finish(chunk)  # at once: the next chunk of this row finds it finished
+
+    def _step(self, chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
+        """Take a chunk's step by the velocity computed for it, or by what it reuses."""
         turn = self._turn(chunk)
-        if self._computed[chunk.chunk]:
-            velocity = self._velocity(chunk, turn, clock)
-            self.reuse.keep(turn, chunk.x, velocity)
-        else:
+        if velocity is None:
             velocity = self._reused(chunk, turn)
             clock.reused += len(self._passes(chunk, turn))
+        else:
+            self.reuse.keep(turn, chunk.x, velocity)
         if self.on_step is not None:
             velocity = self._shown(velocity, chunk, turn)
         chunk.x = chunk.solver.step(velocity.float(), chunk.x)
         chunk.step += 1
         _impose(chunk)
-        if chunk.step < self.matrix.steps:
-            return
-        if not torch.isfinite(chunk.x).all().item():
+        if chunk.step == self.matrix.steps and not torch.isfinite(chunk.x).all().item():
             raise NonFiniteError(
                 f"chunk {chunk.chunk} has NaN or infinite values, and chunks that saw it are in flight: "
                 "go back with Session.restore(snapshot), or try another seed or dtype"
             )
-        if self.stagger.commit == "adopt":  # so that the next chunk of this row finds it finished
-            self._finish(chunk)
 
     def _passes(self, chunk: InFlight, turn: Turn) -> tuple[Pass, ...]:
         return self.host.passes(turn.timestep, self.guidance, first=chunk is self.live[0])
@@ -319,7 +413,7 @@ class Staggered:
         assert self.on_step is not None
         ahead = self.levels[-1] - turn.sigma
         x0 = chunk.x + ahead * velocity.float()
-        given = self.on_step(turn.index, turn.timestep, x0)
+        given = self.on_step(x0, turn.timestep, turn.index)
         return velocity if given is x0 else (given - chunk.x) / ahead
 
     def _observed(self, chunk: InFlight) -> bool:
@@ -368,9 +462,8 @@ class Staggered:
         attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
         self._settle(chunk.block)
         self.live.remove(chunk)
-        self.reuse.finish(chunk.chunk)
         self._keep(chunk.x)
-        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended))
+        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended, self.reuse.finish(chunk.chunk)))
 
     def _settle(self, block: int) -> None:
         self.history.commit(block)

@@ -1,8 +1,8 @@
-"""Which chunk takes which step in which row, when several chunks are denoised at once, each noisier than the one before.
+"""Which chunk takes which step in which row, when several are denoised at once, each noisier than the one before.
 
-Chunk c enters `lag` rows after chunk c − 1 (SkyReels-V2 calls it `ar_step`; MAGI-1's is steps / window, its "stage") and
-then takes one step a row, so in row r it takes step r − c·lag. A lag of `steps` or more is one chunk at a time, a lag of
-0 is all chunks together.
+Chunk c enters `lag` rows after chunk c − 1 (SkyReels-V2 calls it `ar_step`; MAGI-1's is steps / window, its "stage")
+and then takes one step a row, so in row r it takes step r − c·lag. A lag of `steps` or more is one chunk at a time, a
+lag of 0 is all chunks together.
 """
 
 from __future__ import annotations

@@ -1,0 +1,353 @@
+"""Takes with several chunks in flight: equivalences, lengths, given frames, windows, prompts, snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+from longtake import FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
+from longtake.reuse import FlowCacheReuse
+from longtake.samplers.chunked import Schedule
+from longtake.samplers.solvers import Euler
+from longtake.samplers.staggered import Stagger
+from longtake.samplers.step_matrix import StepMatrix
+from longtake.samplers.unipc import UniPC
+
+from .skyreels import tiny_skyreels
+from .tiny import text, tiny_wan
+
+
+def words(batch: int = 1, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 7, 10, generator=torch.Generator().manual_seed(seed))
+
+
+def session(host: Any = None, **options: Any) -> Session:
+    given = {
+        "prompt_embeds": words(), "negative_prompt_embeds": words(seed=2), "decode": False, "seed": 3,
+        "sampler": Stagger(steps=6, lag=2, window=25, overlap=5),
+    }  # fmt: skip
+    return Session(host or tiny_skyreels(), **(given | options))
+
+
+def latents(take: Session) -> Tensor:
+    return torch.cat([chunk.latents for chunk in take], -3)
+
+
+# --- equivalences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+def test_one_chunk_in_flight_equals_the_chunked_sampler(residency: str) -> None:
+    """Bitwise, on a few-step model, under the same commit rule."""
+    host = tiny_wan(guidance=2.0)
+    options = {"prompt_embeds": text(), "negative_prompt_embeds": text(seed=2), "decode": False, "chunks": 4, "seed": 5}
+    policy = SlidingWindow(9, sink=3)
+    schedule = Schedule.shifted(host.config.timesteps, host.config.shift)
+    host.timetable = lambda steps: (schedule.timesteps, (*schedule.sigmas, 0.0))
+    chunked = latents(Session(host, policy, residency=residency, **options))
+    staggered = latents(Session(host, policy, residency=residency, sampler=Stagger(lag=99), **options))
+    assert torch.equal(chunked, staggered)
+
+
+@pytest.mark.parametrize("carry", ["velocity", "update", "residual"])
+@pytest.mark.parametrize("metric", ["latent", "timestep"])
+def test_threshold_zero_equals_no_reuse_bitwise(metric: str, carry: str) -> None:
+    reuse = FlowCacheReuse(0.0, metric, carry, 1, "chunk", "identity")
+    assert torch.equal(latents(session(chunks=6)), latents(session(chunks=6, reuse=reuse)))
+
+
+def test_a_threshold_above_zero_reuses_and_changes_the_video() -> None:
+    take = session(chunks=6, reuse=FlowCacheReuse(10.0, "timestep", "velocity", 2, "chunk", "identity"))
+    reused = latents(take)
+    assert take.stats.reused > 0
+    assert not torch.equal(reused, latents(session(chunks=6)))
+
+
+def test_a_window_as_long_as_the_take_changes_nothing() -> None:
+    options = {"chunks": 5, "sampler": Stagger(steps=6, lag=2)}
+    host = tiny_skyreels(training_frames=25, overlap=None)
+    full = latents(session(host, policy=FullHistory(), **options))
+    assert torch.equal(full, latents(session(host, policy=SlidingWindow(25, sink=0), **options)))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 3, 6])
+def test_residencies_agree(lag: int) -> None:
+    sampler = Stagger(steps=6, lag=lag, window=25, overlap=5)
+    one, other = (latents(session(chunks=6, sampler=sampler, residency=r)) for r in ("resident", "scratch"))
+    assert torch.equal(one, other)
+
+
+def test_takes_in_lockstep_equal_takes_alone() -> None:
+    both = latents(session(prompt_embeds=torch.cat([words(), words(seed=9)]), seed=[3, 8], chunks=6))
+    alone = [latents(session(prompt_embeds=words(seed=s), seed=n, chunks=6)) for s, n in ((1, 3), (9, 8))]
+    assert torch.allclose(both, torch.stack(alone), atol=1e-5)
+
+
+def test_no_guidance_is_one_stream() -> None:
+    take = session(guidance_scale=1.0, chunks=2, negative_prompt_embeds=None)
+    list(take)
+    assert take.history.streams == ("cond",)
+    assert take.stats.forwards == 2 * (6 + 1)  # steps and the clean pass
+
+
+# --- what enters a forward --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("commit", "extra"), [("clean", 1), ("adopt", 0)])
+def test_only_chunks_in_flight_enter_a_forward(commit: str, extra: int) -> None:
+    """Every chunk takes each of its steps once; one that has not entered, or is done, costs nothing."""
+    host = tiny_skyreels()
+    seen: list[tuple[int, ...]] = []
+    run = host._run
+    host._run = lambda x, *rest: seen.append(tuple(x.shape)) or run(x, *rest)
+    take = session(host, chunks=5, sampler=Stagger(steps=6, lag=2, window=25, overlap=5, commit=commit))
+    list(take)
+    assert len(seen) == take.stats.forwards == 2 * 5 * (6 + extra)
+    assert {shape[2] for shape in seen} == {5}
+
+
+def test_a_chunk_sees_those_before_it_and_itself() -> None:
+    take = session(chunks=5)
+    lengths = []
+    make = take.history.layers
+    take.history.layers = lambda *args, **kw: lengths.append(make(*args, **kw)) or lengths[-1]
+    list(take)
+    tokens = [layers[0].k.shape[1] // (5 * 4) for layers in lengths[::2]]  # of the first stream, in chunks
+    assert tokens[:6] == [1, 1, 1, 2, 1, 2]  # lag 2: the second chunk enters in the third row
+    assert max(tokens) == 5
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "spans"),
+    [
+        (1, [1]),
+        (13, [4]),
+        (17, [5]),
+        (77, [5, 5, 5, 5]),
+        (85, [5, 5, 5, 5, 2]),
+        (97, [5, 5, 5, 5, 5]),
+        (101, [5] * 5 + [1]),  # one frame into a second window
+        (177, [5] * 9),  # two windows
+        (257, [5] * 13),  # three
+        (265, [5] * 13 + [2]),  # and an uneven tail
+    ],
+)  # fmt: skip
+def test_any_number_of_frames(num_frames: int, spans: list[int]) -> None:
+    take = session(num_frames=num_frames, guidance_scale=1.0, negative_prompt_embeds=None)
+    chunks = list(take)
+    assert [chunk.latents.shape[1] for chunk in chunks] == spans
+    assert [chunk.stats.frame for chunk in chunks] == [5 * i for i in range(len(spans))]
+    assert take.geometry.pixel_frames(sum(spans)) == num_frames
+    assert all(bool(chunk.latents.isfinite().all()) for chunk in chunks)
+
+
+def test_windows_that_do_not_divide_into_chunks() -> None:
+    take = session(tiny_skyreels(), sampler=Stagger(6, 2, window=12, overlap=3), num_frames=101)
+    assert [chunk.latents.shape[1] for chunk in take] == [5, 5, 2, 5, 4, 5]
+
+
+def test_every_window_begins_with_the_end_of_the_one_before() -> None:
+    """The second window is a take of its own, given the overlap."""
+    options = {"guidance_scale": 1.0, "negative_prompt_embeds": None}
+    whole = latents(session(num_frames=177, **options))
+    take = session(num_frames=97, seed=3, **options)
+    take.noise.draw(4, 25, 4, 4)  # what the first window drew
+    start = whole[None, :, 20:25]
+    drawn = session(num_frames=97, **options)
+    list(drawn)
+    take.noise.restore(drawn.noise.state())
+    take.extend(start)
+    assert torch.equal(latents(take), whole[:, 25:45])
+
+
+def test_memory_does_not_grow_from_window_to_window() -> None:
+    take = session(decode=False)
+    held = []
+    for _ in range(3):
+        held += [next(take) and take.memory()["total"] for _ in range(4)]
+    assert held[3] == held[7] == held[11]
+
+
+def test_an_endless_take_without_windows_keeps_its_memory() -> None:
+    host = tiny_skyreels(overlap=None)
+    take = session(host, policy=SlidingWindow(25, sink=5), sampler=Stagger(steps=6, lag=3))
+    held = [next(take) and take.history.held_bytes for _ in range(9)]
+    assert held[4:] == [held[4]] * 5
+
+
+# --- given frames -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6, 10])
+def test_given_latents_of_any_length_are_followed(frames: int) -> None:
+    given = torch.randn(1, 4, frames, 4, 4, generator=torch.Generator().manual_seed(4))
+    take = session(num_frames=97)
+    take.extend(given)
+    out = latents(take)
+    assert out.shape[1] == 25 - frames
+    other = session(num_frames=97)
+    other.extend(given + 1)
+    assert not torch.allclose(out, latents(other))
+
+
+def test_condition_noise_is_added_to_given_frames_and_told_to_the_model() -> None:
+    host, seen = tiny_skyreels(), []
+    run = host._run
+    host._run = lambda x, t, *rest: seen.append((x.clone(), t)) or run(x, t, *rest)
+    given = torch.ones(1, 4, 5, 4, 4)
+    take = session(host, chunks=3, sampler=Stagger(6, 2, window=25, overlap=5, condition_noise=20.0))
+    state = take.noise.state()
+    take.extend(given)
+    noise = session(host).noise
+    noise.restore(state)
+    expected = 0.98 * given + 0.02 * noise.draw(4, 5, 4, 4)
+    assert [t for _, t in seen] == [20.0, 20.0]  # once in every stream, never again
+    assert torch.allclose(seen[0][0], expected)
+
+
+def test_a_take_that_has_begun_takes_no_given_frames() -> None:
+    take = session(chunks=2)
+    next(take)
+    with pytest.raises(LongtakeError, match="before its first chunk"):
+        take.extend(torch.zeros(1, 4, 5, 4, 4))
+
+
+# --- prompts, callbacks -----------------------------------------------------------------------------------------------
+
+
+def test_a_new_prompt_is_for_chunks_that_enter_later() -> None:
+    one, other = session(chunks=5), session(chunks=5)
+    first = [next(take).latents for take in (one, other)]
+    assert torch.equal(*first)
+    other.set_prompt_embeds(words(seed=7))
+    rest = [[chunk.latents for chunk in take] for take in (one, other)]
+    # with lag 2 of 6 steps, three chunks were in flight: the two left keep their prompt
+    assert [torch.equal(a, b) for a, b in zip(*rest, strict=True)] == [True, True, False, False]
+
+
+def test_a_callback_sees_and_may_replace_what_a_step_predicts() -> None:
+    calls = []
+
+    def look(take: Session, step: int, t: float, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append((step, t))
+        return {"latents": given["latents"].clamp(-0.5, 0.5)}
+
+    take = session(chunks=2, callback_on_step_end=look)
+    out = latents(take)
+    assert len(calls) == 2 * 6
+    assert calls[0] == (0, 999.0)
+    assert float(out.abs().max()) < 0.6  # UniPC's last step is the prediction itself
+    assert float(latents(session(chunks=2)).abs().max()) > 0.6
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+@pytest.mark.parametrize("at", [1, 4, 5, 6])
+def test_a_restored_take_goes_on_to_the_bit(at: int, residency: str, tmp_path: Any) -> None:
+    """Between two rows, with other chunks in flight, half-way through a window or right after one."""
+    host = tiny_skyreels()
+    reuse = FlowCacheReuse(0.05, "timestep", "residual", 1, "chunk", "identity")
+    take = session(host, chunks=9, residency=residency, reuse=reuse)
+    for _ in range(at):
+        next(take)
+    assert take._staggered.live or at == 5
+    take.snapshot(tmp_path / "take.safetensors")
+    rest = latents(take)
+    again = Session.restore(tmp_path / "take.safetensors", host)
+    assert torch.equal(rest, latents(again))
+
+
+def test_a_row_that_fails_can_be_repeated() -> None:
+    """Out of memory, or Ctrl-C, in the middle of a row: the next call goes on from there."""
+    host = tiny_skyreels()
+    whole = latents(session(host, chunks=4))
+    take, run, count = session(host, chunks=4), host._run, 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in (7, 8, 21, 40):
+            raise KeyboardInterrupt
+        return run(*args)
+
+    host._run = failing
+    parts = []
+    while len(parts) < 4:
+        try:
+            parts.append(next(take).latents)
+        except KeyboardInterrupt:
+            continue
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+# --- settings and solvers ---------------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_work_are_refused_with_advice() -> None:
+    with pytest.raises(LongtakeError, match="use 0"):
+        StepMatrix(10, -1)
+    with pytest.raises(LongtakeError, match="say how many"):
+        session(tiny_skyreels(overlap=None), sampler=Stagger(steps=6, lag=0))
+    with pytest.raises(LongtakeError, match="overlap by less"):
+        Stagger(window=5, overlap=5)
+    with pytest.raises(LongtakeError, match="clean, adopt"):
+        Stagger(commit="dirty")
+    with pytest.raises(LongtakeError, match="use lag=2 or more"):
+        session(tiny_skyreels(overlap=None), policy=SlidingWindow(50), sampler=Stagger(steps=6, lag=1))
+    with pytest.raises(LongtakeError, match="use frames="):
+        session(tiny_skyreels(), policy=SlidingWindow(10, sink=0))
+
+
+def test_unipc_of_a_chunk_equals_unipc_of_every_latent_frame() -> None:
+    levels = [0.999, 0.9, 0.7, 0.4, 0.1, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    x, velocities = torch.randn(2, 4, 5, 3, 3, generator=generator), torch.randn(5, 2, 4, 5, 3, 3, generator=generator)
+    whole, frames = UniPC(levels), [UniPC(levels) for _ in range(5)]
+    y = x
+    for v in velocities:
+        y = torch.stack([one.step(v[:, :, i], y[:, :, i]) for i, one in enumerate(frames)], 2)
+        x = whole.step(v, x)
+        assert torch.equal(x, y)
+
+
+def test_unipc_as_published_starts_its_first_corrector_one_step_late() -> None:
+    """diffusers' pipelines write the step's answer into the memory that the scheduler remembers its start by."""
+    levels, steps = [0.999, 0.9, 0.7, 0.4, 0.1, 0.0], 5
+    start, *velocities = torch.randn(6, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    scheduler.set_timesteps(sigmas=np.array(levels[:-1]))
+    held = start.clone()
+    results = {}
+    for k in range(steps):
+        held[:] = scheduler.step(velocities[k], scheduler.timesteps[k], held[:], return_dict=False)[0]
+    for compat in ("fixed", "upstream"):
+        solver, x = UniPC(levels, compat), start.clone()
+        for v in velocities:
+            x = solver.step(v, x)
+        results[compat] = x
+    assert torch.equal(results["upstream"], held)
+    assert not torch.allclose(results["fixed"], held, atol=1e-3)
+
+
+def test_euler_of_one_step_and_of_many() -> None:
+    x, v = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    solver = Euler([0.0, 0.25, 0.5, 1.0])
+    for _ in range(3):
+        last = x = solver.step(v, x)
+    assert torch.allclose(last, torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))[0] + v)
+
+
+def test_no_policy_of_reuse_is_needed() -> None:
+    assert isinstance(session(chunks=1).reuse, NoReuse)
+    assert replace(Stagger(), lag=7).lag == 7
