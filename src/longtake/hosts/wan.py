@@ -95,7 +95,7 @@ class CausalWan(Host):
             )
         self.name, self.config = name, config
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
-        # training-free unless the model brings its own: pixels pooled and encoded again, or latents where there is no VAE
+        # training-free unless the model brings its own: pooled pixels, encoded again, or latents where there is no VAE
         self.compressor = compressor or (MeanPool() if vae is None else LowResolution())
         self.after_encoding = after_encoding  # None: the encoder stays wherever its owner put it
         self.layers, self.kv_heads, self.head_dim = wan.num_layers, wan.num_attention_heads, wan.attention_head_dim
@@ -195,16 +195,10 @@ class CausalWan(Host):
 
     @torch.no_grad()
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
-        batch = latents.shape[0]
         if self._released():  # the chunk would be generated without its past
             raise LongtakeError(f"{self.name}: this host was released; make a new one with longtake.load")
-        with self._bound(text, layers):
-            return self.transformer(
-                hidden_states=latents.to(self.device, self.dtype),
-                timestep=torch.full((batch,), timestep, dtype=torch.float32, device=self.device),
-                encoder_hidden_states=self._no_text.expand(batch, -1, -1),
-                return_dict=False,
-            )[0]
+        with self.bound(text, layers):
+            return self.velocity(latents, timestep)
 
     @torch.no_grad()
     def embed(self, latents: Tensor) -> Tensor:
@@ -212,17 +206,9 @@ class CausalWan(Host):
 
     @torch.no_grad()
     def carry(self, tokens: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
-        batch = tokens.shape[0]
-        times = torch.full((batch,), timestep, dtype=torch.float32, device=self.device)
-        with self._bound(text, layers):
-            _, modulation, no_text, _ = self.transformer.condition_embedder(times, self._no_text.expand(batch, -1, -1))
-            modulation = modulation.unflatten(1, (6, -1))
-            hidden = tokens.to(self.device, self.dtype).contiguous()
-            for block in self.transformer.blocks:
-                hidden = block(hidden, no_text, modulation, None)  # positions are the views' affair
-            return hidden
+        with self.bound(text, layers):
+            return self.through(tokens, timestep)
 
-    @torch.no_grad()
     def project(self, tokens: Tensor, layers: list[LayerView]) -> Tensor:
         tokens = tokens.to(self.device, self.dtype)
         for block, view in zip(self.transformer.blocks, layers, strict=True):
@@ -230,8 +216,31 @@ class CausalWan(Host):
             view.put(k, v)
         return v
 
+    # Within `bound`, and in whatever gradient mode the caller is in: what training calls.
+
+    def velocity(self, latents: Tensor, timestep: float) -> Tensor:
+        """`forward` with layers and text bound already."""
+        batch = latents.shape[0]
+        return self.transformer(
+            hidden_states=latents.to(self.device, self.dtype),
+            timestep=torch.full((batch,), timestep, dtype=torch.float32, device=self.device),
+            encoder_hidden_states=self._no_text.expand(batch, -1, -1),
+            return_dict=False,
+        )[0]
+
+    def through(self, tokens: Tensor, timestep: float) -> Tensor:
+        """`carry` with layers and text bound already."""
+        batch = tokens.shape[0]
+        times = torch.full((batch,), timestep, dtype=torch.float32, device=self.device)
+        _, modulation, no_text, _ = self.transformer.condition_embedder(times, self._no_text.expand(batch, -1, -1))
+        modulation = modulation.unflatten(1, (6, -1))
+        hidden = tokens.to(self.device, self.dtype).contiguous()
+        for block in self.transformer.blocks:
+            hidden = block(hidden, no_text, modulation, None)  # positions are the views' affair
+        return hidden
+
     @contextmanager
-    def _bound(self, text: TextState, layers: list[LayerView]) -> Iterator[None]:
+    def bound(self, text: TextState, layers: list[Any]) -> Iterator[None]:
         """While it is open, attention goes through `layers` and looks at `text`."""
         with self.lock:
             try:
