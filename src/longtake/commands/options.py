@@ -162,3 +162,38 @@ Batch = Annotated[int, Option(help="Windows of four chunks a step.")]
 TrainSeed = Annotated[int, Option("--seed", help="Start of the random numbers.")]
 TrainDevice = Annotated[str, Option("--device", help="cpu or cuda.")]
 TrainThreads = Annotated[int | None, Option("--threads", metavar="N", help="CPU threads.", show_default="torch's own")]
+
+CompressorFolder = Annotated[
+    Path,
+    Option("--out", metavar="DIR", help="Gets compressor/ and training.json; DIR/work holds checkpoints and numbers."),
+]
+TrainMinutes = Annotated[float, Option("--minutes", help="For the whole training.")]
+RolloutChunks = Annotated[int, Option("--chunks", help="Length of a training rollout.")]
+TrainTakes = Annotated[int, Option("--batch", help="Rollouts in lockstep.")]
+TrainPolicy = Annotated[
+    str, Option("--policy", "-p", help="The policy the compressor is to serve, as for `longtake generate`.")
+]
+PromptFile = Annotated[
+    Path | None,
+    Option("--prompts", metavar="FILE", help="What to see, one prompt a line.", show_default="those the model names"),
+]
+RealScore = Annotated[
+    Path | None,
+    Option(
+        "--real-score", metavar="DIR",
+        help="A many-step Wan model of the same VAE and text encoder: trains by distribution matching.",
+    ),
+]  # fmt: skip
+FakeScore = Annotated[
+    Path | None,
+    Option("--fake-score", metavar="DIR", help="What learns the rollout's own videos.", show_default="--real-score"),
+]
+LoraRank = Annotated[int, Option("--lora-rank", help="Rank of an adapter that learns along; 0 leaves the model alone.")]
+Rate = Annotated[
+    float | None, Option(help="Learning rate.", show_default="0.002; 2e-6 with score models")
+]
+Carry = Annotated[str, Option(help="How compressed tokens get their keys and values: blocks or projection.")]
+CompressedPositions = Annotated[
+    str, Option("--positions", help="Where compressed tokens stand: midpoint, raster or phasor.")
+]
+LowBranch = Annotated[str, Option("--low", help="What the low-resolution branch pools: pixels or latents.")]

@@ -1,4 +1,4 @@
-"""`longtake train`: the embedded model again, from nothing."""
+"""`longtake train`: the embedded model again, from nothing; and compressors."""
 
 from __future__ import annotations
 
@@ -65,6 +65,84 @@ def tiny_wan(
         torch.set_num_threads(before)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
+
+
+@train.command("compressor")
+@shell.guarded
+def compressor(
+    out: options.CompressorFolder,
+    model: options.Model = None,
+    minutes: options.TrainMinutes = 20.0,
+    chunks: options.RolloutChunks = 7,
+    batch: options.TrainTakes = 2,
+    policy: options.TrainPolicy = "packforcing",
+    prompts: options.PromptFile = None,
+    real_score: options.RealScore = None,
+    fake_score: options.FakeScore = None,
+    lora_rank: options.LoraRank = 0,
+    rate: options.Rate = None,
+    carry: options.Carry = "blocks",
+    positions: options.CompressedPositions = "midpoint",
+    low: options.LowBranch = "pixels",
+    seed: options.TrainSeed = 0,
+    device: options.TrainDevice = "cpu",
+    threads: options.TrainThreads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train what PackForcing compresses its middle with, through rollouts of a causal Wan model.
+
+    Without --real-score the loss is self-distillation: under its compressed past the model is to predict what it
+    predicts under its whole past. With it, it is distribution matching, the published recipe. The same command goes on
+    where it was stopped. A model folder that holds the result as compressor/ uses it from then on.
+    """
+    if not (minutes >= LEAST_MINUTES and math.isfinite(minutes)):
+        raise LongtakeError(f"--minutes {minutes:g}: give at least {LEAST_MINUTES:g}")
+    for name, value, least in (("chunks", chunks, 2), ("batch", batch, 1), ("lora-rank", lora_rank, 0)):
+        if value < least:
+            raise LongtakeError(f"--{name} {value}: give at least {least}")
+    if rate is not None and not (rate > 0 and math.isfinite(rate)):
+        raise LongtakeError(f"--rate {rate:g}: give a number above 0")
+    if fake_score is not None and real_score is None:
+        raise LongtakeError("--fake-score alone trains nothing: give --real-score too")
+    shell.check_threads(threads)
+    shell.check_device(device)
+    told = _lines(prompts) if prompts is not None else []
+    _make_folder(out)
+
+    import torch
+
+    shell.hush()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        from ..zoo.train_compressor import Recipe
+        from ..zoo.train_compressor import train as run
+
+        recipe = Recipe(
+            chunks=chunks, batch=batch, policy=policy, real=real_score, fake=fake_score, lora=lora_rank, rate=rate,
+            carry=carry, where=positions, low=low,
+        )  # fmt: skip
+        shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
+        source = model or options.DEFAULT_MODEL
+        facts = run(source, out, minutes, recipe=recipe, prompts=told, device=device, seed=seed)
+    finally:
+        torch.set_num_threads(before)
+    held = facts["held_out_distillation"]
+    text = (
+        f"{out / 'compressor'}: {facts['steps']} steps; on fresh takes {held['trained']:.4g} away from seeing the whole "
+        f"past, {held['low_resolution_alone']:.4g} without training"
+    )
+    shell.answer({"out": str(out), **facts}, text, as_json)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        told = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtakeError(f"{path} cannot be read: {error}") from error
+    if not told:
+        raise LongtakeError(f"{path} is empty: give a text file with one prompt a line")
+    return told
 
 
 def _make_folder(out: Path) -> None:

@@ -1,0 +1,287 @@
+"""Training a compressor for a causal Wan model: `longtake train compressor`.
+
+The model is frozen, or carries a LoRA that learns with the compressor; its takes are rolled out under the very policy
+the compressor will serve. Without score models the loss is self-distillation, with them distribution matching
+(`compressor_losses`). The high-resolution branch starts at zero, so training begins at the training-free compressor.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from ..compressors import CARRIES, DualBranch
+from ..errors import LongtakeError
+from ..hosts.loading import embedded, load
+from ..hosts.wan import CausalWan
+from ..policies import FullHistory, KVPolicy, parse
+from ..samplers.chunked import Schedule
+from ..session import history_shape
+from . import compressor_losses as losses
+from .lora import Adapter
+from .rollout import Rollout, check_policy
+from .stages import Stage
+
+DISTILL_RATE, DMD_RATE, CRITIC_RATE = 2e-3, 2e-6, 1e-6
+GUIDANCE = 3.0  # s of DMD; a conventional scale of 4
+HELD_OUT = 1 << 40  # seeds from here on are for judging, not for learning
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, against what.
+
+    chunks: length of a rollout; batch: takes in lockstep; policy: as for `longtake generate`.
+    real, fake: folders of many-step Wan models for distribution matching; fake alone defaults to a copy of real.
+    lora: rank of the adapter that learns along, 0 for a frozen model. rate: default by the kind of loss.
+    carry, where, low: of the compressor, see `DualBranch`.
+    """
+
+    chunks: int = 7
+    batch: int = 2
+    policy: str = "packforcing"
+    real: Path | None = None
+    fake: Path | None = None
+    lora: int = 0
+    rate: float | None = None
+    carry: str = CARRIES[0]
+    where: str = "midpoint"
+    low: str = "pixels"
+
+
+class Critic:
+    """The fake score and its optimizer."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.train().requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=CRITIC_RATE, betas=(0.0, 0.999), weight_decay=0.01)
+
+    def learn(self, clip: Tensor, text: Tensor, shift: float, generator: torch.Generator) -> float:
+        """One step of flow matching on a clip of the rollout."""
+        loss = losses.critic_loss(self.model, text, losses.noised(clip, shift, generator), clip)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Trainer:
+    """A host, a compressor and the takes that train it."""
+
+    def __init__(self, host: CausalWan, recipe: Recipe, prompts: Sequence[str] | Tensor) -> None:
+        self.host, self.recipe = host, recipe
+        self.geometry = host.geometry()
+        wan = host.transformer.config
+        width = wan.num_attention_heads * wan.attention_head_dim
+        self.compressor = DualBranch.sized(
+            wan.in_channels, width, carry=recipe.carry, where=recipe.where, low=recipe.low
+        ).to(host.device)
+        shape = history_shape(host, self.geometry, recipe.batch, 1, self.compressor)
+        self.policy: KVPolicy = parse(recipe.policy).settle(shape)
+        check_policy(self.policy, shape)
+        self.schedule = Schedule.shifted(host.config.timesteps, host.config.shift)
+        # every prompt is encoded once, for good
+        embeds = prompts if isinstance(prompts, Tensor) else host.encode_prompt(list(prompts))
+        self.embeds = embeds.to(host.device)
+        self.real = self.critic = self.no_text = None
+        if recipe.real is not None:
+            self.no_text = host.encode_prompt([""]) if host.text_encoder is not None else torch.zeros_like(embeds[:1])
+            self.real = self._score(recipe.real, host.dtype).eval().requires_grad_(False)
+            self.critic = Critic(self._score(recipe.fake or recipe.real, torch.float32))
+        host.prompts_encoded()
+        host.transformer.requires_grad_(False)
+        self.adapter = Adapter(host.transformer, recipe.lora) if recipe.lora else None
+        self._check_length()
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What learns."""
+        return {"compressor": self.compressor, **({"lora": self.adapter.layers} if self.adapter else {})}
+
+    def loss(self, seed: int, steps: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one rollout, which `seed` and the number of steps done determine, and numbers for the log."""
+        rng, generator = np.random.default_rng([seed, steps]), torch.Generator().manual_seed(seed * 1_000_003 + steps)
+        embeds = self.embeds[torch.from_numpy(rng.integers(len(self.embeds), size=self.recipe.batch))]
+        exit_step = int(rng.integers(len(self.schedule.sigmas)))
+        draw = self._noise(generator)
+        if self.critic is None:
+            return self._distill(embeds, [exit_step], draw), {}
+        numbers = {}
+        for _ in range(losses.CRITIC_UPDATES):
+            with torch.no_grad():
+                clip = losses.clip_of(self._rollout(embeds), self.schedule, self.recipe.chunks, exit_step, draw)
+            numbers["critic"] = self.critic.learn(clip, embeds, self.host.config.shift, generator)
+        clip = losses.clip_of(self._rollout(embeds), self.schedule, self.recipe.chunks, exit_step, draw)
+        at = losses.noised(clip, self.host.config.shift, generator)
+        assert self.no_text is not None
+        no_text = self.no_text.expand(len(clip), -1, -1)
+        return losses.dmd_loss(clip, self.real, self.critic.model, embeds, no_text, GUIDANCE, at), numbers
+
+    @torch.no_grad()
+    def judge(self, takes: int = 4) -> dict[str, float]:
+        """Self-distillation loss on takes that were never trained on, over all denoising steps: as trained, and of the
+        low-resolution branch alone in the same places."""
+        branch, kept = self.compressor.proj_out, [p.detach().clone() for p in self.compressor.proj_out.parameters()]
+        result = {}
+        for name in ("trained", "low_resolution_alone"):
+            if name != "trained":
+                for p in branch.parameters():
+                    p.zero_()
+            total = 0.0
+            for i in range(takes):
+                draw = self._noise(torch.Generator().manual_seed(HELD_OUT + i))
+                embeds = self.embeds[[i % len(self.embeds)]]
+                total += float(self._distill(embeds, range(len(self.schedule.sigmas)), draw))
+            result[name] = total / takes
+        for p, old in zip(branch.parameters(), kept, strict=True):
+            p.copy_(old)
+        return result
+
+    def teacher(self, embeds: Tensor) -> Rollout:
+        """A rollout that sees its whole past, by the model as it was."""
+        teacher = _Unadapted(self.host, FullHistory(), self.geometry, self.host.text_state(embeds))
+        teacher.adapter = self.adapter
+        return teacher
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _distill(self, embeds: Tensor, steps: Sequence[int], draw: Any) -> Tensor:
+        sized = lambda: draw(len(embeds))
+        student, teacher = self._rollout(embeds), self.teacher(embeds)
+        return losses.distill(student, teacher, self.schedule, self.recipe.chunks, steps, sized)
+
+    def _rollout(self, embeds: Tensor) -> Rollout:
+        return Rollout(self.host, self.policy, self.geometry, self.host.text_state(embeds), self.compressor)
+
+    def _noise(self, generator: torch.Generator) -> Any:
+        shape = (self.geometry.channels, self.geometry.chunk_frames, *self.geometry.latent_size)
+
+        def draw(batch: int = self.recipe.batch) -> Tensor:
+            return torch.randn(batch, *shape, generator=generator).to(self.host.device)
+
+        return draw
+
+    def _score(self, folder: Path, dtype: torch.dtype) -> Any:
+        """A many-step Wan model: a model folder, its transformer's folder, or the name of an embedded model."""
+        folder = embedded().get(str(folder), folder)
+        inner = folder / "transformer"
+        try:
+            model = WanTransformer3DModel.from_pretrained(
+                inner if inner.is_dir() else folder, torch_dtype=dtype, local_files_only=True
+            )
+        except Exception as error:  # loaders raise anything from OSError to SafetensorError
+            raise LongtakeError(f"score model {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        ours, theirs = self.host.transformer.config, model.config
+        for name in ("in_channels", "text_dim"):
+            if ours[name] != theirs[name]:
+                raise LongtakeError(
+                    f"score model {folder} has {name} {theirs[name]}, {self.host.name} has {ours[name]}: give one with "
+                    "the same VAE and text encoder"
+                )
+        return model.to(self.host.device)
+
+    def _check_length(self) -> None:
+        """A rollout in which no chunk sees compressed tokens would teach nothing."""
+        probe = self._rollout(self.embeds[:1])
+        with torch.no_grad():
+            for _ in range(self.recipe.chunks):
+                probe.begin()
+                if losses.sees_compressed(probe):
+                    return
+                probe.commit(self._noise(torch.Generator())(1))
+        raise LongtakeError(
+            f"in {self.recipe.chunks} chunks policy {self.recipe.policy} shows no compressed ones: give more chunks, "
+            "or a policy with a smaller sink"
+        )
+
+
+class _Unadapted(Rollout):
+    """A rollout of the model without its adapter."""
+
+    adapter: Adapter | None = None
+
+    def _forward(self, x: Tensor, timestep: float, layers: Any) -> Tensor:
+        if self.adapter is None:
+            return super()._forward(x, timestep, layers)
+        self.adapter.switch(False)
+        try:
+            return super()._forward(x, timestep, layers)
+        finally:
+            self.adapter.switch(True)
+
+
+def train(
+    source: str | Path | CausalWan, out: Path, minutes: float, *, recipe: Recipe | None = None,
+    prompts: Sequence[str] | Tensor = (), device: str = "cpu", seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, or go on training, a compressor for the model `source`, and write it to `out`/compressor.
+
+    prompts: what the takes are about, or their embeddings [prompts, T, d]; default the model's own examples.
+    Returns what `out`/training.json says. Raises LongtakeError for a model, policy or score model that does not fit."""
+    recipe = recipe or Recipe()
+    begun = time.monotonic()
+    host = source if isinstance(source, CausalWan) else load(source, device=device)
+    if not isinstance(host, CausalWan):
+        raise LongtakeError(f"{host.name} is not a causal Wan model: compressors are trained for those only")
+    if not len(prompts):
+        prompts = host.config.prompts
+    if not len(prompts):
+        raise LongtakeError(f"{host.name} names no prompts of its own: give some (--prompts FILE, one a line)")
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    trainer = Trainer(host, recipe, prompts)
+    rate = recipe.rate or (DISTILL_RATE if trainer.critic is None else DMD_RATE)
+    stage = Stage(
+        "compressor", work, trainer.modules(), minutes, rate,
+        optimizers=None if trainer.critic is None else _published(rate),
+        beside={} if trainer.critic is None else {"critic": trainer.critic},
+    )  # fmt: skip
+    for _ in _turns(stage):
+        loss, numbers = trainer.loss(seed, stage.steps)
+        stage.step(loss, **numbers)
+    stage.finish()
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {host.device.type}",
+        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers)},
+        "model": host.name, "loss": "self-distillation" if trainer.critic is None else "dmd",
+        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in vars(recipe).items()},
+        "seed": seed, "minutes": minutes, "steps": stage.steps, "prompts": len(prompts),
+        "last_call_minutes": round((time.monotonic() - begun) / 60, 1),
+        "held_out_distillation": trainer.judge(),
+    }  # fmt: skip
+    trainer.compressor.save_pretrained(out / "compressor")
+    if trainer.adapter is not None:
+        trainer.adapter.save(out / "lora.safetensors")
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _turns(stage: Stage) -> Iterator[float]:
+    """The stage's turns, with gradients on whatever mode the caller is in."""
+    with torch.enable_grad():
+        yield from stage
+
+
+def _published(rate: float) -> Any:
+    """PackForcing's optimizer."""
+    return lambda parameters: [torch.optim.AdamW(parameters, lr=rate, betas=(0.0, 0.999), weight_decay=0.01)]

@@ -1,0 +1,261 @@
+"""Training compressors: the differentiable rollout is the take, and a few steps lower the loss."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from longtake import FullHistory, LongtakeError, Session
+from longtake.compressors import DualBranch
+from longtake.policies import parse
+from longtake.samplers.chunked import Schedule
+from longtake.zoo import compressor_losses as losses
+from longtake.zoo.lora import Adapter
+from longtake.zoo.rollout import Rollout
+from longtake.zoo.train_compressor import Critic, Recipe, Trainer, train
+
+from .test_compressors import Middle, trained
+from .tiny import text, tiny_wan
+
+CLOSE = {"atol": 2e-5, "rtol": 0}
+PACKED = "packforcing:sink=1,recent=1,top_k=2,archive=4"
+
+
+def host_of(grid=(4, 4), **options):
+    return tiny_wan(grid=grid, layers=2, **options)
+
+
+def recipe(**changes) -> Recipe:
+    return replace(Recipe(chunks=4, batch=1, policy=PACKED, low="latents"), **changes)
+
+
+class Fixed:
+    """The same noise for a take and for a rollout."""
+
+    def __init__(self, host, batch=1):
+        self.shape = (batch, 4, host.config.chunk_frames, *host.geometry().latent_size)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def draw(self, *_):
+        return torch.randn(self.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("carry", ["blocks", "projection"])
+@pytest.mark.parametrize(
+    "policy", [Middle(), parse("packforcing:sink=1,recent=1,top_k=8,archive=8")], ids=["middle", "packforcing"]
+)
+def test_a_rollout_with_gradients_is_the_take(policy, carry):
+    host, compressor = host_of((8, 8), vae=True), trained(carry=carry)
+    take = Session(host, policy, prompt_embeds=text(), noise=Fixed(host), decode=False, compressor=compressor)
+    rollout, noise = Rollout(host, policy, host.geometry(), host.text_state(text()), compressor), Fixed(host)
+    sigmas, times = take.schedule.sigmas, take.schedule.timesteps
+    for _ in range(6):
+        rollout.begin()
+        x = noise.draw()
+        for i, t in enumerate(times):
+            clean = x - sigmas[i] * rollout.velocity(x, t).detach()
+            if i + 1 < len(times):
+                x = (1 - sigmas[i + 1]) * clean + sigmas[i + 1] * noise.draw()
+        rollout.commit(clean)
+        torch.testing.assert_close(clean[0], next(take).latents, **CLOSE)
+
+
+def test_gradients_reach_the_compressor_through_later_chunks_only():
+    host, compressor = host_of(), DualBranch.sized(4, 24, low="latents")
+    host.transformer.requires_grad_(False)
+    rollout = Rollout(host, Middle(), host.geometry(), host.text_state(text()), compressor)
+    noise = Fixed(host)
+    for i in range(4):
+        rollout.begin()
+        velocity = rollout.velocity(noise.draw(), 800.0)
+        assert velocity.requires_grad == (i == 3)  # chunk 1 is the first in the middle, and chunk 3 the first to see it
+        rollout.commit(noise.draw())
+    velocity.square().mean().backward()
+    assert compressor.proj_out.weight.grad.abs().max() > 0
+
+
+def test_a_whole_past_needs_no_distilling():
+    host = host_of()
+    takes = [Rollout(host, FullHistory(), host.geometry(), host.text_state(text())) for _ in range(2)]
+    noise = Fixed(host)
+    for _ in range(3):
+        for take in takes:
+            take.begin()
+        x = noise.draw()
+        assert torch.equal(takes[0].velocity(x, 500.0), takes[1].velocity(x, 500.0))
+        for take in takes:
+            take.commit(x)
+
+
+def test_a_few_steps_of_distillation_lower_the_loss():
+    torch.manual_seed(0)
+    trainer = Trainer(host_of(), recipe(), text(2))
+    before = trainer.judge(2)
+    assert before["trained"] == before["low_resolution_alone"] > 0  # it starts as the training-free compressor
+    optimizer = torch.optim.Adam(trainer.compressor.parameters(), lr=2e-3)
+    for step in range(12):
+        loss, _ = trainer.loss(seed=0, steps=step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = trainer.judge(2)
+    assert after["low_resolution_alone"] == before["low_resolution_alone"]
+    assert after["trained"] < 0.98 * before["trained"]
+
+
+def test_distribution_matching_trains_the_compressor_and_the_critic_and_nothing_else(tmp_path):
+    torch.manual_seed(0)
+    teacher = tmp_path / "teacher"
+    score_model().save_pretrained(teacher / "transformer")
+    trainer = Trainer(host_of(), recipe(real=teacher), text(2))
+    frozen = [p.detach().clone() for p in trainer.host.transformer.parameters()]
+    critic = [p.detach().clone() for p in trainer.critic.model.parameters()]
+    real = [p.detach().clone() for p in trainer.real.parameters()]
+    optimizer = torch.optim.Adam(trainer.compressor.parameters(), lr=1e-3)
+    for step in range(2):
+        loss, numbers = trainer.loss(seed=0, steps=step)
+        assert loss.isfinite() and numbers["critic"] > 0
+        optimizer.zero_grad()
+        loss.backward()
+        assert trainer.compressor.proj_out.weight.grad.abs().max() > 0
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, trainer.host.transformer.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(real, trainer.real.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, trainer.critic.model.parameters(), strict=True))
+
+
+def score_model() -> WanTransformer3DModel:
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
+        ffn_dim=32, num_layers=2,
+    )  # fmt: skip
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def test_the_gradient_of_the_matching_loss_is_the_normalised_difference_of_scores():
+    real, fake = score_model(), score_model()
+    clip = torch.randn(2, 4, 6, 4, 4, requires_grad=True)
+    embeds, nothing = text(2), torch.zeros(2, 5, 10)
+    at = losses.noised(clip, 5.0, torch.Generator().manual_seed(1))
+    losses.dmd_loss(clip, real, fake, embeds, nothing, 3.0, at).backward()
+    with torch.no_grad():
+        c, u, f = (losses.clean_of(m, at, t) for m, t in ((real, embeds), (real, nothing), (fake, embeds)))
+        true = c + 3.0 * (c - u)
+        expected = (f - true) / (clip - true).abs().mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(clip.grad, expected / clip.numel(), atol=1e-7, rtol=1e-4)
+
+
+def test_a_critic_learns_the_clips_it_is_shown():
+    torch.manual_seed(0)
+    critic = Critic(score_model())
+    for group in critic.optimizer.param_groups:
+        group["lr"] = 5e-3
+    clip, generator = torch.randn(1, 4, 3, 4, 4), torch.Generator().manual_seed(0)
+    told = [critic.learn(clip, text(), 5.0, generator) for _ in range(60)]
+    assert sum(told[-10:]) < 0.8 * sum(told[:10])
+
+
+def test_clips_are_judged_away_from_both_ends_of_the_noise():
+    at = losses.noised(torch.zeros(4000, 1, 1, 1, 1), 5.0, torch.Generator().manual_seed(0))
+    assert float(at.sigma.min()) == pytest.approx(0.02) and float(at.sigma.max()) == pytest.approx(0.98)
+    u = 0.5
+    assert float(at.sigma.median()) == pytest.approx(5 * u / (1 + 4 * u), abs=0.02)
+
+
+def test_an_adapter_learns_along_and_its_teacher_does_without():
+    torch.manual_seed(0)
+    trainer = Trainer(host_of(), recipe(lora=2), text(1))
+    for layer in trainer.adapter.layers:
+        torch.nn.init.normal_(layer.up, std=0.3)
+    loss, _ = trainer.loss(seed=0, steps=0)
+    loss.backward()
+    assert all(layer.up.grad.abs().max() > 0 for layer in trainer.adapter.layers)
+    theirs = {id(p) for p in trainer.adapter.parameters()}
+    assert all(p.grad is None for p in trainer.host.transformer.parameters() if id(p) not in theirs)
+    plain = host_of()
+    teacher = trainer.teacher(text())
+    bare = Rollout(plain, FullHistory(), plain.geometry(), plain.text_state(text()))
+    x = Fixed(plain).draw()
+    for take in (teacher, bare):
+        take.begin()
+    with torch.no_grad():
+        assert torch.equal(teacher.velocity(x, 700.0), bare.velocity(x, 700.0))
+
+
+def test_an_adapter_is_saved_in_names_that_convert_merges(tmp_path):
+    from longtake.hosts.convert.lora import merge_lora
+    from longtake.hosts.convert.reading import Weight
+
+    host = host_of()
+    whole = {name: p.detach().clone() for name, p in host.transformer.named_parameters()}
+    adapter = Adapter(host.transformer, 2)
+    for layer in adapter.layers:
+        torch.nn.init.normal_(layer.up)
+    adapter.save(tmp_path / "lora.safetensors")
+    weight = lambda t: Weight(t.shape, lambda: t)
+    stored = {k: weight(v) for k, v in load_file(tmp_path / "lora.safetensors").items()}
+    merged = merge_lora(stored, {k: weight(v) for k, v in whole.items()}, 1.0, tmp_path / "lora.safetensors")
+    assert len(merged) == len(adapter.names) == 8
+    x = torch.randn(1, 3, 24)
+    name = "blocks.0.attn1.to_q"
+    ours = adapter.layers[adapter.names.index(name)](x)
+    theirs = torch.nn.functional.linear(x, merged[f"{name}.weight"].read(), whole[f"{name}.bias"])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_training_goes_on_where_it_was_stopped_and_its_result_is_used(tmp_path):
+    facts = train(host_of(), tmp_path, 0.02, recipe=recipe(), prompts=text(2))
+    assert facts["steps"] > 0 and facts["loss"] == "self-distillation"
+    rows = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == facts["steps"]
+    again = train(host_of(), tmp_path, 0.02, recipe=recipe(), prompts=text(2))
+    assert again["steps"] == facts["steps"] and again["held_out_distillation"] == facts["held_out_distillation"]
+    more = train(host_of(), tmp_path, 0.04, recipe=recipe(), prompts=text(2))
+    assert more["steps"] > facts["steps"]
+    branch = DualBranch.from_pretrained(tmp_path / "compressor")
+    take = Session(host_of(), Middle(), prompt_embeds=text(), decode=False, compressor=branch)
+    for _ in range(4):
+        next(take)
+
+
+def test_distribution_matching_goes_on_with_its_critic(tmp_path):
+    score_model().save_pretrained(tmp_path / "teacher" / "transformer")
+    told = recipe(real=tmp_path / "teacher", chunks=3, policy="packforcing:sink=1,recent=0,top_k=2,archive=4")
+    first = train(host_of(), tmp_path / "out", 0.02, recipe=told, prompts=text(1))
+    assert first["loss"] == "dmd" and first["steps"] > 0
+    state = torch.load(tmp_path / "out" / "work" / "compressor.pt", weights_only=True)
+    trainer = Trainer(host_of(), told, text(1))
+    trainer.critic.load_state_dict(state["beside"]["critic"])
+    kept = trainer.critic.model.state_dict()
+    assert not torch.equal(kept["proj_out.weight"], trainer.real.state_dict()["proj_out.weight"])
+    assert train(host_of(), tmp_path / "out", 0.04, recipe=told, prompts=text(1))["steps"] > first["steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"policy": "window"}, "no use"), ({"chunks": 2}, "more chunks"), ({"carry": "x"}, "carry")],
+)
+def test_a_recipe_that_would_teach_nothing_is_refused(changes, word):
+    with pytest.raises(LongtakeError, match=word):
+        Trainer(host_of(), recipe(**changes), text(1))
+
+
+def test_a_score_model_of_another_kind_is_refused(tmp_path):
+    WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, in_channels=8, out_channels=8, text_dim=10, freq_dim=16,
+        ffn_dim=16, num_layers=1,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(LongtakeError, match="in_channels 8"):
+        Trainer(host_of(), recipe(real=tmp_path), text(1))
+    with pytest.raises(LongtakeError, match="cannot be loaded"):
+        Trainer(host_of(), recipe(real=tmp_path / "nothing"), text(1))
+
+
+def test_the_schedule_of_training_is_the_model_s_own():
+    host = host_of()
+    assert Trainer(host, recipe(), text(1)).schedule == Schedule.shifted(host.config.timesteps, host.config.shift)
