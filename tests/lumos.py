@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from longtake.hosts.base import HostConfig
 from longtake.hosts.lumos import Lumos, LumosConfig, LumosForVideoGeneration, LumosGeometry
+from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.hosts.lumos.sequence import frame_ids
 
 from .tiny import GOLDENS
@@ -139,3 +143,64 @@ class Fed:
     def ids(self) -> list[Tensor]:
         """[N] of every pass."""
         return [frame_ids(x, GEOMETRY, self.host.words)[0] for x in self.content]
+
+
+# --- a model folder of our own, small enough to write and to run ----------------------------------------------------
+
+WORDS = {
+    "bos": 0, "frame_end": 1, "frame_begin": 2, "separator": 3, "newline": 4, "mask": 5, "video_begin": 6,
+    "integer": 8, "largest": 39, "visual": 128,
+}  # fmt: skip
+TEXT = {"red": 48, "kite": 49, "ball": 50, "<unk>": 51}  # everything else is <unk>
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> LumosForVideoGeneration:
+    sizes = {
+        "vocab_size": 192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocabulary": WORDS,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = LumosForVideoGeneration(LumosConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_codec(seed: int = 1) -> FSQTokenizer:
+    """64 codes; no weight is where it was initialised."""
+    torch.manual_seed(seed)
+    codec = FSQTokenizer(levels=(4, 4, 4), widths=(8, 8, 8))
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return codec.eval().requires_grad_(False)
+
+
+def tiny_words() -> Any:
+    words = Tokenizer(models.WordLevel({**TEXT}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+
+def tiny_settings(**changes: Any) -> HostConfig:
+    return settings(**{
+        "height": 32, "width": 64, "steps": 4, "fps": 8, "training_frames": 5, "compat": "fixed", "text_tokens": 64,
+        **changes,
+    })  # fmt: skip
+
+
+def tiny_lumos(codec: bool = True, **changes: Any) -> Lumos:
+    parts = {"codec": tiny_codec()} if codec else {}
+    return Lumos(tiny_model(), tiny_settings(**changes), tokenizer=tiny_words(), name="tiny", **parts)
+
+
+def write_folder(folder: Path, *, settings: bool = True, codec: bool = True) -> Path:
+    """As Lumos-1 is published: config.json, weights in shards, and beside them what our own models carry."""
+    tiny_model().save_pretrained(folder, max_shard_size="60KB")
+    tiny_words().save_pretrained(folder)
+    if settings:
+        (folder / "longtake.json").write_text(json.dumps(tiny_settings().as_dict()))
+    if codec:
+        tiny_codec().save_pretrained(folder / "video_tokenizer")
+    return folder

@@ -13,8 +13,22 @@ from longtake.hosts.lumos import Lumos, LumosGeometry, Vocabulary
 from longtake.hosts.lumos.sequence import frame_ids, frame_positions, text_positions
 from longtake.samplers.masked import history_pattern
 
-from .lumos import CHANCE, CONFIG, GEOMETRY, HEADER, IMAGE, LOOP, PROMPT, N
-from .lumos import Fed, GivenCodes, forward_golden, given_codes, golden_model, settings  # noqa: I001
+from .lumos import (
+    CHANCE,
+    CONFIG,
+    GEOMETRY,
+    HEADER,
+    IMAGE,
+    LOOP,
+    PROMPT,
+    Fed,
+    GivenCodes,
+    N,
+    forward_golden,
+    given_codes,
+    golden_model,
+    settings,
+)
 
 TEXTS = {"cond": len(PROMPT), "uncond": len(HEADER)}
 TAKES = [(task, mode) for task in ("t2v", "i2v") for mode in ("argmax", "pseudo_random")]
