@@ -20,7 +20,7 @@ from .history import History
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
 from .plan import COMPRESSED, HistoryShape, Plan
-from .policies import FullHistory, KVPolicy, SlidingWindow
+from .policies import FullHistory, KVPolicy, KVRange, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers import Sampler, Sampling, default_sampler, staggered
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
@@ -365,6 +365,7 @@ class Session:
         if isinstance(self.sampler, Stagger):
             steps = len(self.host.timetable(self.sampler.steps)[0])
             _, live, frames = self.sampler.layout(self.geometry, steps, self._frames)
+            live += self.host.lingering if self.sampler.commit == "clean" else 0
             shape = replace(shape, frames=frames, live_chunks=live)
         self.policy = self.policy.settle(shape)
         self.policy.check(shape)
@@ -693,6 +694,8 @@ def default_policy(host: Host) -> KVPolicy:
     config = host.config
     if config.sampler == "staggered" and config.overlap is not None:
         return FullHistory()  # of a window, which is as long as the clips it was trained on
+    if config.kv_ranges:
+        return KVRange(config.kv_ranges)
     frames = config.window or config.training_frames
     sink = config.chunk_frames if config.sink is None else config.sink
     return SlidingWindow(frames, min(sink, frames - config.chunk_frames))

@@ -48,6 +48,7 @@ class HostConfig:
     # before; None: one window without an end
     overlap: int | None = None
     condition_noise: float = 0.0  # thousandths of noise in given frames, and their timestep (`addnoise_condition`)
+    kv_ranges: str = ""  # staggered: chunks seen, itself included, by progress of its denoising: see `KVRange`
     commit: str = "clean"  # how a staggered chunk's K/V become the past: a "clean" pass, or "adopt" the last computed
     history_mask: float = 0.7  # masked: part of a finished frame that is masked when it is committed
     temperature: float = 1.0  # masked: of the noise on confidences
@@ -204,6 +205,7 @@ class Host(ABC):
     clean_timestep: float = 0.0  # of a pass over finished latents
     solver: str = "renoise"  # how a staggered chunk takes a step: "renoise", "unipc" or "euler"
     begins_chunks: bool = False  # given frames that fill no chunk: they begin one (or are a short one of their own)
+    lingering: int = 0  # finished chunks that stay in flight for a row, to be read once more (staggered, clean commit)
 
     def timetable(self, steps: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Timesteps as the model takes them, and the noise levels a chunk passes through, one more of them."""

@@ -31,7 +31,10 @@ def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler | S
     if config.sampler == "staggered":
         from .staggered import Stagger
 
-        return Stagger.of(config, steps)
+        stagger = Stagger.of(config, steps)
+        if steps and config.steps and config.host == "magi":  # as many chunks in flight, however many steps
+            return replace(stagger, lag=max(1, config.lag * steps // config.steps))
+        return stagger
     if config.sampler == "masked":
         from .masked import MaskedSampler
 

@@ -2,13 +2,14 @@
 
 As `Staggered`, but where chunks are committed clean:
 
-    chunks that are due enter; a chunk that finished in the row before is still in flight
+    chunks that are due enter; of the base model, one that finished in the row before is still in flight
     for every kind of pass (text, null caption, alone), and in it for every chunk in flight, oldest first:  a forward
     the chunk that finished before, whose K/V are of its clean latents now, becomes the past
     velocities of the passes are put together, every chunk takes its step
 
 So a pass with text sees what the same kind of pass made of the chunks in flight, and they need one K/V, not one per
-pass: the last pass that writes leaves the ones that stay. The last chunk of a take is never read again.
+pass: the last pass that writes leaves the ones that stay. The distilled model has one pass that writes, so its chunks
+are read once more as soon as they have finished. The last chunk of a take is never read again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..history import LayerView
 from ..hosts.base import Pass, TextState
 from ..hosts.magi.host import MagiHost
 from ..policies import KVRange
-from .staggered import Finished, InFlight, Stagger, Staggered, _impose
+from .staggered import Finished, InFlight, Stagger, Staggered
 
 
 class MagiStaggered(Staggered):
@@ -50,10 +51,12 @@ class MagiStaggered(Staggered):
             self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
         velocities = self._forwards([chunk for chunk in turns if self._computed[chunk.chunk]], clock)
         for chunk in self._done_before():
-            self._settle(chunk.block)
-            self.live.remove(chunk)
+            self._leave(chunk)
         for chunk in turns:
-            self._advance_by(chunk, velocities.get(chunk.chunk), clock)
+            self._step(chunk, velocities.get(chunk.chunk), clock)
+        for chunk in turns:
+            if chunk.step == self.matrix.steps:
+                self._finished(chunk, clock)
         self._computed = {}
         self.row += 1
         return None
@@ -64,6 +67,21 @@ class MagiStaggered(Staggered):
     def _done_before(self) -> list[InFlight]:
         """Chunks that took their last step in an earlier row: this one reads them once more."""
         return [chunk for chunk in self.live if chunk.start + self.matrix.steps <= self.row]
+
+    def _finished(self, chunk: InFlight, clock: Clock) -> None:
+        """Hand out a chunk that took its last step."""
+        attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
+        more = self.until is None or self.frame < self.until or bool(self._denoising())
+        if more and not self.host.lingering:
+            for each in self.host.clean_passes(self.guidance):
+                self._pass(chunk, self.host.clean_timestep, each, clock, observe=self.policy.moment == "commit")
+            self._leave(chunk)
+        self._keep(chunk.x)
+        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended, self.reuse.finish(chunk.chunk)))
+
+    def _leave(self, chunk: InFlight) -> None:
+        self._settle(chunk.block)
+        self.live.remove(chunk)
 
     # --- forwards ----------------------------------------------------------------------------------------------------
 
@@ -125,30 +143,3 @@ class MagiStaggered(Staggered):
             out = self.host.forward(x, timestep, self.host.chunk_texts(texts, 0, None)[each.text], layers)
         if not (torch.isfinite(x).all() & torch.isfinite(out).all()).item():
             raise NonFiniteError(f"{what}: NaN or infinite values; are they finite, and in -1 to 1?")
-
-    # --- steps -------------------------------------------------------------------------------------------------------
-
-    def _advance_by(self, chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
-        """One step of one chunk, by the velocity computed for it or the one it reuses."""
-        turn = self._turn(chunk)
-        if velocity is None:
-            velocity = self._reused(chunk, turn)
-            clock.reused += len(self._passes(chunk, turn))
-        else:
-            self.reuse.keep(turn, chunk.x, velocity)
-        if self.on_step is not None:
-            velocity = self._shown(velocity, chunk, turn)
-        chunk.x = chunk.solver.step(velocity.float(), chunk.x)
-        chunk.step += 1
-        _impose(chunk)
-        if chunk.step < self.matrix.steps:
-            return
-        if not torch.isfinite(chunk.x).all().item():
-            raise NonFiniteError(
-                f"chunk {chunk.chunk} has NaN or infinite values, and chunks that saw it are in flight: "
-                "go back with Session.restore(snapshot), or try another seed or dtype"
-            )
-        attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
-        self.reuse.finish(chunk.chunk)
-        self._keep(chunk.x)
-        self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended))

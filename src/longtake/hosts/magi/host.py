@@ -71,6 +71,8 @@ class MagiHost(Host):
         self.special = special
         self.texts = Texts(transformer, special, settings.null_tokens)
         self.clean_timestep = settings.clean_t
+        # the base model's passes with text see other K/V of a finished chunk in the row after its last step than later
+        self.lingering = 1 if settings.cfg_number == 3 else 0
 
     def with_steps(self, steps: int | None) -> MagiHost:
         """This host, sharing everything, with so many denoising steps: the distilled model is told their size."""
@@ -150,6 +152,9 @@ class MagiHost(Host):
     def timetable(self, steps: int | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         levels = self.with_steps(steps).settings.times()
         return levels[:-1], levels
+
+    def streams(self, guidance: float) -> tuple[str, ...]:
+        return ("cond",)  # its passes take turns with one K/V
 
     def passes(self, timestep: float, guidance: float, *, first: bool) -> tuple[Pass, ...]:
         if self.settings.cfg_number == 3:
@@ -255,7 +260,7 @@ def host_config(settings: MagiSettings, run: dict[str, Any] | None = None) -> Ho
         lag=settings.stage_steps, timesteps=(), shift=settings.shift, fps=run.get("fps", 24),
         height=run.get("video_size_h", 720), width=run.get("video_size_w", 720), text_tokens=800,
         training_frames=chunk * (max(ranges) if ranges else settings.window_size + 1),
-        window=chunk * max(ranges) if ranges else None, sink=0,
+        window=chunk * max(ranges) if ranges else None, sink=0, kv_ranges="/".join(map(str, ranges)),
     )  # fmt: skip
 
 
