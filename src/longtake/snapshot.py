@@ -8,7 +8,7 @@ import platform
 import secrets
 import stat
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,14 @@ from .compressors import Compressor, TakeState
 from .errors import LongtakeError
 from .history import History
 from .history.store import Rows, Store
+from .history.view import Live
 from .hosts.base import Host
 from .hosts.loading import load
 from .plan import Block, Form
 from .policies import KVPolicy
 from .reuse import ReusePolicy
 from .samplers.chunked import NoiseSource
+from .samplers.staggered import Stagger
 
 if TYPE_CHECKING:
     from .session import Session
@@ -72,6 +74,13 @@ def save(session: Session, path: Any) -> None:
     if session.decoder is not None:
         decoder, decoder_meta = session.decoder.state_dict()
         tensors.update({f"decoder/{k}": v for k, v in decoder.items()})
+    flight: dict[str, Any] | None = None
+    if session._staggered is not None:
+        in_flight, told = session._staggered.state_dict()
+        reused, decided = session._reuse.state_dict()
+        tensors.update({f"flight/{k}": v for k, v in in_flight.items()} | {f"reuse/{k}": v for k, v in reused.items()})
+        settings = asdict(session._staggered.stagger)
+        flight = {"place": told, "reuse": decided, "stagger": settings, "frames": session._frames}
     description = {
         "format": FORMAT, "environment": environment(), "host": session.host.name, "device": session.host.device.type,
         "dtype": str(session.host.dtype),
@@ -82,7 +91,7 @@ def save(session: Session, path: Any) -> None:
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
         "keep_latents": session._latents is not None, "decode": session.decode,
         "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
-        "decoder": decoder_meta, "history": meta, "generators": [g.device.type for g in session.noise.generators],
+        "decoder": decoder_meta, "history": meta, "flight": flight, "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -151,6 +160,7 @@ def restore(
             "pass it (policy=…, or --policy my_file.py:MyPolicy)"
         )
     policy = policy or policies.build(made_with, fields_of)
+    flight = description.get("flight")
     session = cls(
         host, policy, reuse=reuse,
         prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
@@ -159,6 +169,7 @@ def restore(
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decode"],
         keep_latents=description["keep_latents"], compressor=compressor,
+        sampler=Stagger(**flight["stagger"]) if flight else None,
     )  # fmt: skip
     made_by, ours = description["compressor"], session.compressor and session.compressor.describe()
     if made_by != ours:
@@ -186,6 +197,11 @@ def restore(
         session.decoder.load_state_dict(decoder, description["decoder"])
     _check_fits(session.history, tensors, path)
     _restore_history(session.history, tensors, description["history"])
+    if flight and session._staggered is not None:
+        part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        session._frames = session._staggered.ends_at = flight["frames"]
+        session._staggered.load_state_dict(part("flight/"), flight["place"])
+        session._reuse.load_state_dict({k: v.to(host.device) for k, v in part("reuse/").items()}, flight["reuse"])
     return session
 
 
@@ -212,7 +228,8 @@ def _check_fits(history: History, tensors: dict[str, Tensor], path: Any) -> None
 
 
 def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if history._live or history.fusing:
+    history.table()  # what has been fused by now becomes a block
+    if history.fusing or any(live.reopened for live in history._live.values()):
         raise LongtakeError("a snapshot is taken between two chunks")
     tensors: dict[str, Tensor] = {}
     held: dict[str, list[Any]] = {}
@@ -236,7 +253,7 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
     for stream, layers in queries.items():
         tensors.update({f"history/queries/{stream}/{layer}": history.views[stream].queries[layer] for layer in layers})
     blocks = []
-    for i, b in enumerate(history.table().blocks):
+    for i, b in enumerate(history.blocks):
         forms = {
             name: [form.tokens, _token_set(tensors, f"history/blocks/{i}/{name}", form.kept)]
             for name, form in b.forms.items()
@@ -246,10 +263,15 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
             "packable": _token_set(tensors, f"history/blocks/{i}.packable", b.packable),
             "structural": _token_set(tensors, f"history/blocks/{i}.structural", b.structural),
         })  # fmt: skip
+    live = []  # chunks in flight: of a staggered take
+    for block, at in history._live.items():
+        for i, position in enumerate(at.positions.values()):
+            tensors[f"history/live/{block}/{i}/base"], tensors[f"history/live/{block}/{i}/step"] = position
+        live.append([block, [list(key) for key in at.positions], sorted(list(key) for key in at.written)])
     sizes = {stream: store.size for stream, store in _stores(history).items()}
     return tensors, {
         "held": held, "blocks": blocks, "frames_seen": history.frames_seen, "next_id": history._next_id,
-        "rows": sizes, "scores": scores, "queries": queries,
+        "rows": sizes, "scores": scores, "queries": queries, "live": live,
     }  # fmt: skip
 
 
@@ -296,6 +318,15 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             _as_token_set(tensors, f"history/blocks/{i}.packable", b["packable"]),
             _as_token_set(tensors, f"history/blocks/{i}.structural", b["structural"]),
         ))  # fmt: skip
+    for block, keys, written in meta.get("live", ()):
+        at = f"history/live/{block}"
+        positions = {
+            (stream, form): (tensors[f"{at}/{i}/base"], tensors[f"{at}/{i}/step"])
+            for i, (stream, form) in enumerate(keys)
+        }
+        queries = {stream: dict(view.queries) for stream, view in history.views.items()}
+        done = {(stream, form) for stream, form in written}
+        history._live[block] = Live(positions, written=done, scores=history._scored(), queries=queries)
     history.frames_seen, history._next_id = meta["frames_seen"], meta["next_id"]
 
 
