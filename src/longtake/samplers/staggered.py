@@ -425,7 +425,7 @@ class Staggered:
             return self.stagger.commit == "adopt" and chunk.step == self.matrix.steps - 1
         if moment == "last_forward":  # the last ones before the table changes
             ends = any(live.step >= self.matrix.steps - 1 for live in self.live)
-            return ends or self._due(self.row + 1)
+            return self.reuse.active or ends or self._due(self.row + 1)  # a later forward may be one that is reused
         return False
 
     # --- blocks ------------------------------------------------------------------------------------------------------
