@@ -142,9 +142,9 @@ class MagiHost(Host):
         remaining = None if chunks is None else chunks - 1 - chunk
         null, embeds = self.texts.null(), prompt.embeds
         return {
-            "cond": Reading(embeds, [], [], self.texts.of_chunk(prompt, remaining)),
-            "null": Reading(embeds, [], [], null, null=True),
-            "clean": Reading(embeds, [], [], null),
+            "cond": Reading(embeds, [], [], kv=self.texts.of_chunk(prompt, remaining)),
+            "null": Reading(embeds, [], [], kv=null, null=True),
+            "clean": Reading(embeds, [], [], kv=null),
         }
 
     # --- a step -----------------------------------------------------------------------------------------------------

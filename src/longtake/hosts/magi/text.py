@@ -83,7 +83,7 @@ class Texts:
         """Embeddings [B, T, channels], zero-padded, to what a session keeps of a prompt."""
         embeds = embeds[:, : self.limit].to(self.model.y_embedder.null_caption_embedding, copy=True).contiguous()
         kv = self.model.text_kv(embeds)
-        return MagiText(embeds, [k for k, _ in kv], [v for _, v in kv], lengths_of(embeds))
+        return MagiText(embeds, [k for k, _ in kv], [v for _, v in kv], lengths=lengths_of(embeds))
 
     def of_chunk(self, text: MagiText, remaining: int | None) -> list[list[tuple[Tensor, Tensor]]]:
         """Per layer, K and V of every take: the special tokens of a chunk with `remaining` chunks to follow, then the
