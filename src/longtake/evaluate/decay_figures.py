@@ -21,6 +21,8 @@ def figures(report: DecayReport) -> dict[str, bytes]:
 
 def fit_figure(report: DecayReport) -> bytes:
     """Mass by age with the fitted line and PackCache's shares of the same total; ρ of every layer beside it."""
+    from matplotlib.ticker import MaxNLocator
+
     canvas, (left, right) = _canvas(9, 3.6, 1, 2, width_ratios=[2.2, 1])
     ages, mass, _ = report.by_age()
     layers = mass.mean(1)  # [L, D]
@@ -44,12 +46,17 @@ def fit_figure(report: DecayReport) -> bytes:
         right.axvline(found.rho, color=ACCENT, ls="--", lw=1)
     right.set(xlabel="ρ", ylabel="layer", title="by layer")
     right.invert_yaxis()
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _png(canvas, report)
 
 
 def steps_figure(report: DecayReport) -> bytes:
     """Where attention goes at each denoising step, chunks with a history only."""
+    from matplotlib.ticker import MaxNLocator
+
     canvas, axes = _canvas(6, 3.4, 1, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for kind, values in report.by_step().items():
         axes.plot(np.arange(1, len(values) + 1), values, "o-", color=COLOURS[kind], ms=4, lw=1.4, label=kind)
     axes.set(xlabel="step", ylabel="attention mass", title="over the denoising steps")
@@ -68,7 +75,7 @@ def heat_figure(report: DecayReport) -> bytes:
         rows = np.maximum(heat.rows, 1e-9)
         shown = ax.imshow(rows, aspect="auto", cmap="magma", norm=LogNorm(max(rows.min(), 1e-7), rows.max()))
         for border in heat.borders[1:]:
-            ax.axvline(border - 0.5, color="white", lw=0.3, alpha=0.7)
+            ax.axvline(border - 0.5, color="white", lw=0.5, alpha=0.9)
         ax.set(title=f"layer {heat.layer}, step {heat.step + 1}", xlabel="keys, binned", ylabel="queries")
         canvas.colorbar(shown, ax=ax, label="mass per key")
     if not maps:
