@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 # names → module: `import longtake` stays cheap, torch and diffusers load with the first name that needs them
 _HOME = {
     "Session": "session", "generate": "session", "Chunk": "chunk", "ChunkStats": "chunk",
+    "enable": "enable", "Stagger": "samplers.staggered",
     "load": "hosts.loading", "Geometry": "geometry", "Mp4Writer": "video", "read_image": "video",
     "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies", "PackCache": "policies",
     "FlowCacheKV": "policies",
     "PackForcing": "policies", "LastFrames": "policies", "SinkWindow": "policies", "Uniform": "policies",
+    "DeepForcing": "policies", "DummyForcing": "policies", "InfinityRope": "policies", "LongLive": "policies",
+    "RollingForcing": "policies",
     "Plan": "plan", "Entry": "plan", "Choose": "plan", "Fuse": "plan", "Drop": "plan",
     "Block": "plan", "BlockTable": "plan", "Signals": "plan", "HistoryShape": "plan",
     "ReusePolicy": "reuse", "NoReuse": "reuse", "FlowCacheReuse": "reuse", "TeaCacheReuse": "reuse",
@@ -24,22 +27,29 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .chunk import Chunk, ChunkStats
+    from .enable import enable
     from .errors import LongtakeError, NonFiniteError, PlanError
     from .geometry import Geometry
     from .hosts.loading import load
     from .plan import Block, BlockTable, Choose, Drop, Entry, Fuse, HistoryShape, Plan, Signals
     from .policies import (
+        DeepForcing,
+        DummyForcing,
         FlowCacheKV,
         FullHistory,
+        InfinityRope,
         KVPolicy,
         LastFrames,
+        LongLive,
         PackCache,
         PackForcing,
+        RollingForcing,
         SinkWindow,
         SlidingWindow,
         Uniform,
     )
     from .reuse import FlowCacheReuse, NoReuse, ReplayReuse, ReusePolicy, TeaCacheReuse
+    from .samplers.staggered import Stagger
     from .session import Session, generate
     from .video import Mp4Writer, read_image
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -105,6 +107,13 @@ class Block:
             per_frame * (max(first, self.frame) - self.frame), per_frame * max(0, min(last, self.end) - self.frame)
         )
         return span if isinstance(owned, range) and owned == range(tokens) else intersect(owned, span)
+
+    def runs(self, first: int, last: int, form: str = FULL) -> list[tuple[int, int]]:
+        """Runs [first, last) of latent frames, within the given ones, of which the form still owns tokens."""
+        per_frame = self.forms[form].tokens // self.span
+        frames = (as_tensor(self.of_frames(first, last, form)) // per_frame).unique() + self.frame
+        cuts = [0, *((frames.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(frames)]
+        return [(int(frames[a]), int(frames[b - 1]) + 1) for a, b in pairwise(cuts) if a < b]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,12 +244,16 @@ def as_tensor(tokens: TokenSet) -> Tensor:
     return tokens.start + tokens.step * torch.arange(len(tokens)) if isinstance(tokens, range) else tokens
 
 
-def pack_right(entries: Sequence[tuple[Entry, int, int]], anchor: int) -> list[Entry]:
+Moved = TypeVar("Moved", Entry, Fuse, Entry | Fuse)
+
+
+def pack_right(entries: Sequence[tuple[Moved, float, int]], anchor: float) -> list[Moved]:
     """Move kept segments, given as (entry, first frame, frames) in time order, so that they lie without gaps right
     before the frame `anchor`: p_n = A − w_n, p_i = p_{i+1} − w_i (PackForcing §3.4; slot-relative positions of
     Infinity-RoPE and LongLive are the same up to a constant, which attention does not see). Where a host has tokens
     that do not move with the frames, as Lumos-1's text, pack left and move the chunk in flight (`Plan.live_shift`)."""
-    packed, start = [], anchor
+    packed: list[Moved] = []
+    start = anchor
     for entry, frame, frames in reversed(entries):
         start -= frames
         packed.append(replace(entry, shift=start - frame))

@@ -285,6 +285,13 @@ class History:
         pinned = host and self.device.type == "cuda"  # copies can overlap with the forwards only from pinned memory
         return Store(s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned)
 
+    def reserve(self, tokens: int) -> None:
+        """Room for so many more tokens, for good: a prompt that lies in the history has become longer."""
+        if self.fixed:
+            for store in self.stores.values():
+                store.grow(store.size + tokens)
+            self.buffers.rows += tokens
+
     def _make_room(self, tokens: int) -> None:
         if self.fixed:
             return
@@ -329,8 +336,7 @@ class History:
                 raise RuntimeError("the plan has an open fusing, but the policy gave no score")
             for stream, store in self.stores.items():
                 sources = [store.find((b, FULL)) for b in fuse.blocks]
-                first = self.blocks[self._index(fuse.blocks[0])].frame
-                part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score, first, fuse.per_frame)
+                part = Fusing(store, self.rotary, sources, fuse.n, fuse.shift, fuse.sort, score, fuse.per_frame)
                 keep = fuse.keep[stream] if isinstance(fuse.keep, Mapping) else fuse.keep
                 if keep is not None:
                     for layer in range(self.shape.layers):

@@ -179,11 +179,11 @@ class Fusing(Part):
 
     def __init__(
         self, store: Store, rotary: RotaryTable, sources: Sequence[Rows], n: int, shift: float, sort: bool,
-        score: Score | None, frame: int = 0, per_frame: int | None = None,
+        score: Score | None, per_frame: int | None = None,
     ) -> None:  # fmt: skip
         self.store, self.rotary, self.shift, self.n, self.score = store, rotary, shift, n, score
         self.sources, self.sort = sources, sort
-        self.frame, self.per_frame = frame, per_frame  # survivors move to `per_frame` a frame, from `frame` on
+        self.per_frame = per_frame  # survivors move to so many a frame, from the first token's frame on
         self.rows = torch.cat([s.rows for s in sources])
         self.at = self.rows.to(store.base.device)
         layers, batch, _, heads, _ = store.k.shape
@@ -215,11 +215,12 @@ class Fusing(Part):
         index = keep.transpose(1, 2).unsqueeze(-1)  # [B, n, H, 1]
         gather = lambda x: x.gather(1, index.expand(-1, -1, -1, x.shape[-1]))
         assert self.fused.head_base is not None and self.fused.head_step is not None
+        time = lambda: (base * step).sum(-1, keepdim=True) / (step * step).sum(-1, keepdim=True)  # [B, n, H, 1]
+        first = time()[:, :1] if self.per_frame is not None else None
         base, step = gather(base), gather(step)
         if self.per_frame is not None:
-            time = (base * step).sum(-1, keepdim=True) / (step * step).sum(-1, keepdim=True)  # [B, n, H, 1]
-            slot = self.frame + torch.arange(self.n, device=base.device) // self.per_frame
-            base = base + (slot[:, None, None] - time) * step
+            slot = first + torch.arange(self.n, device=base.device)[:, None, None] // self.per_frame
+            base = base + (slot - time()) * step
         self.fused.head_base[layer] = base
         self.fused.head_step[layer] = step
         at = self.at[: self.n]

@@ -432,6 +432,7 @@ class View:
         window = slice(0, used) if history else at
         tail = slice(at.start - window.start, at.stop - window.start)
         observed = None
+        observe = observe and self.plan.observe != ()
         if observe and self.plan.observe is not None:
             observed = torch.cat([store.held[(b, FULL)].rows for b in self.plan.observe]).to(self.buffers.device)
         return [

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from ..errors import LongtakeError
-from ..plan import FULL, BlockTable, Entry, HistoryShape, Plan, Signals
+from ..plan import FULL, BlockTable, Drop, Entry, HistoryShape, Plan, Signals
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class KVPolicy(ABC):
     # What else is to be collected: "key_sums", "query_sums"; and "compressed", where `Plan.forms` may ask for
     # compressed forms.
     requires: ClassVar[frozenset[str]] = frozenset()
+    prompt_switch: ClassVar[str] = "keep"  # how a session takes up a new prompt unless it is told (`Session.switch`)
 
     @abstractmethod
     def plan(self, table: BlockTable, signals: Signals) -> Plan:
@@ -63,6 +64,12 @@ class KVPolicy(ABC):
 
         Raises LongtakeError, with advice, if the model has no such measurement."""
         return self
+
+    def flush(self, table: BlockTable) -> tuple[Drop, ...]:
+        """What is forgotten between two chunks when a prompt change flushes the history: everything but the first
+        chunk, as an anchor to the take, and the last, for a motion without a jump."""
+        blocks = [b for b in table.blocks if b.role != "anchor"]
+        return tuple(Drop(b.id, form) for b in blocks[1:-1] for form in b.forms)
 
     def check(self, shape: HistoryShape) -> None:  # noqa: B027 (most configurations always work)
         """Raise LongtakeError, with advice, if this configuration cannot work for such a take."""

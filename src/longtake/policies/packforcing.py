@@ -127,7 +127,9 @@ class PackForcing(KVPolicy):
         sink = self.sink
         if not sink and len(blocks) > 1 and blocks[0].span < blocks[1].span:
             sink = 1  # a first image has no place among blocks of a chunk's length
-        last = max(min(sink, len(blocks)), len(blocks) - self.recent)
+        last = len(blocks)  # of a chunk that is written anew, the middle may be the newest that is left before it
+        while last > max(sink, len(blocks) - self.recent) and FULL in blocks[last - 1].forms:
+            last -= 1
         return blocks[:sink], blocks[sink:last], blocks[max(sink, last) :]
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class SlidingWindow(KVPolicy):
                 seen.append((Entry(block.id), block.frame, block.span))
                 continue
             parts = self._parts(block, recent)
+            if not block.complete:  # what is gone takes no slot
+                parts = [run for first, last in parts for run in block.runs(first, last)]
             for first, last in parts:
                 tokens = block.of_frames(first, last)
                 seen.append((Entry(block.id, tokens=tokens), first, last - first))
@@ -52,6 +54,19 @@ class SlidingWindow(KVPolicy):
                     drops.append(Drop(block.id, tokens=lost))
         entries = [entry for entry, _, _ in seen] if self.positions == "absolute" else pack_right(seen, table.now)
         return Plan(tuple(entries), tuple(drops))
+
+    def flush(self, table: BlockTable) -> tuple[Drop, ...]:
+        """Everything but the take's first frame and its last two (Infinity-RoPE)."""
+        drops = []
+        for block in table.blocks:
+            if block.role == "anchor":
+                continue
+            lost = block.forms[FULL].owned
+            for first, last in ((0, 1), (table.frames_seen - 2, table.frames_seen)):
+                lost = difference(lost, block.of_frames(first, last))
+            if len(lost):
+                drops.append(Drop(block.id, tokens=None if len(lost) == block.forms[FULL].count else lost))
+        return tuple(drops)
 
     def _parts(self, block: Block, recent: int) -> list[tuple[int, int]]:
         """The runs of the block's frames that are kept: sink frames, recent frames, or both at once."""
