@@ -28,6 +28,15 @@ Policy = Annotated[
         show_default="the window the model was made for",
     ),
 ]  # fmt: skip
+CompressorSpec = Annotated[
+    str | None,
+    Option(
+        "--compressor", metavar="NAME|DIR",
+        help="What makes compressed history, for policies that keep it: low-resolution, mean-pool, or the folder of a "
+        "trained one.",
+        show_default="the model's own",
+    ),
+]  # fmt: skip
 Reuse = Annotated[
     str,
     Option(
@@ -157,8 +166,11 @@ TrainFolder = Annotated[
 ]
 VaeMinutes = Annotated[float, Option(help="For the video autoencoder.")]
 DecoderMinutes = Annotated[float, Option(help="For its decoder alone.")]
-TransformerMinutes = Annotated[float, Option(help="For text encoder and transformer.")]
-Batch = Annotated[int, Option(help="Windows of four chunks a step.")]
+ManyMinutes = Annotated[float, Option(help="For text encoder and transformer, at every noise level.")]
+FewMinutes = Annotated[float, Option(help="For both once more, at the sampler's four noise levels.")]
+Variant = Annotated[str, Option(help="short: seven chunks on end; long: sparse histories of up to 200 latent frames.")]
+VaeFrom = Annotated[Path | None, Option(metavar="DIR", help="Model folder whose autoencoder is taken, not trained.")]
+Batch = Annotated[int, Option(help="Windows of seven chunks a step.")]
 TrainSeed = Annotated[int, Option("--seed", help="Start of the random numbers.")]
 TrainDevice = Annotated[str, Option("--device", help="cpu or cuda.")]
 TrainThreads = Annotated[int | None, Option("--threads", metavar="N", help="CPU threads.", show_default="torch's own")]

@@ -25,24 +25,29 @@ def zoo() -> None:
 @shell.guarded
 def tiny_wan(
     out: options.TrainFolder,
-    vae_minutes: options.VaeMinutes = 8.0,
-    decoder_minutes: options.DecoderMinutes = 8.0,
-    transformer_minutes: options.TransformerMinutes = 40.0,
-    batch: options.Batch = 6,
+    variant: options.Variant = "short",
+    vae_minutes: options.VaeMinutes = 13.0,
+    decoder_minutes: options.DecoderMinutes = 5.0,
+    many_minutes: options.ManyMinutes = 25.0,
+    few_minutes: options.FewMinutes = 15.0,
+    vae_from: options.VaeFrom = None,
+    batch: options.Batch = 2,
     seed: options.TrainSeed = 0,
     device: options.TrainDevice = "cpu",
     threads: options.TrainThreads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train the embedded model from nothing on its procedural world, and write it as a folder that --model takes.
+    """Train an embedded model from nothing on its procedural world, and write it as a folder that --model takes.
 
     The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
-    for name, minutes in (("vae", vae_minutes), ("decoder", decoder_minutes), ("transformer", transformer_minutes)):
-        if not (minutes >= LEAST_MINUTES and math.isfinite(minutes)):
-            raise LongtakeError(f"--{name}-minutes {minutes:g}: give each stage at least {LEAST_MINUTES:g}")
+    minutes = {"vae": vae_minutes, "decoder": decoder_minutes, "many": many_minutes, "few": few_minutes}
+    for name, value in minutes.items():
+        if not (value >= LEAST_MINUTES and math.isfinite(value)):
+            raise LongtakeError(f"--{name}-minutes {value:g}: give each stage at least {LEAST_MINUTES:g}")
     if batch < 1:
         raise LongtakeError(f"--batch {batch}: give at least 1")
+    shell.check_choice(variant, "--variant", ("short", "long"))
     shell.check_threads(threads)
     shell.check_device(device)
     _make_folder(out)
@@ -56,11 +61,11 @@ def tiny_wan(
         # Late, because its classes are diffusers' and transformers' own.
         from ..zoo.train_tiny_wan import train as run
 
+        planned = sum(value for name, value in minutes.items() if vae_from is None or name in ("many", "few"))
         shell.say(
-            f"training for {vae_minutes + decoder_minutes + transformer_minutes:g} minutes in all, less what is done; "
-            f"numbers in {out / 'work' / 'metrics.jsonl'}"
+            f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
         )
-        facts = run(out, vae_minutes, decoder_minutes, transformer_minutes, device, seed, batch)
+        facts = run(out, variant, minutes, vae_from, device, seed, batch)
     finally:
         torch.set_num_threads(before)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
@@ -129,8 +134,8 @@ def compressor(
         torch.set_num_threads(before)
     held = facts["held_out_distillation"]
     text = (
-        f"{out / 'compressor'}: {facts['steps']} steps; on fresh takes {held['trained']:.4g} away from seeing the whole "
-        f"past, {held['low_resolution_alone']:.4g} without training"
+        f"{out / 'compressor'}: {facts['steps']} steps; on fresh takes {held['trained']:.4g} away from seeing the "
+        f"whole past, {held['low_resolution_alone']:.4g} without training"
     )
     shell.answer({"out": str(out), **facts}, text, as_json)
 

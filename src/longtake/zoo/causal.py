@@ -25,23 +25,24 @@ def velocity(
     text: torch.Tensor,
     frames: torch.Tensor,
 ) -> torch.Tensor:
-    """Predicted velocity (noise - clean) of every chunk, given the clean chunks before it, in one forward.
+    """Predicted velocity (noise - clean) of the last m chunks, given the clean chunks before each, in one forward.
 
-    clean, noisy [B, Z, F, h, w]; timesteps [B, n] in 0..1000; text [B, n, T, d] per chunk; frames [B, F] temporal
-    positions.
+    clean [B, Z, F, h, w] of n chunks; noisy [B, Z, m F / n, h, w]; timesteps [B, m] in 0..1000; text [B, T, d];
+    frames [B, F] temporal positions.
     """
-    n = timesteps.shape[1]
+    m = timesteps.shape[1]
+    n = clean.shape[2] // (noisy.shape[2] // m)
     # The last clean chunk is nobody's history.
-    parts = torch.cat([_chunks(clean, n)[:, :-1], _chunks(noisy, n)], 1)  # [B, S, Z, c, h, w]
-    times = torch.cat([torch.zeros_like(timesteps[:, 1:]), timesteps], 1)
-    texts = torch.cat([text[:, :-1], text], 1)
+    parts = torch.cat([_chunks(clean, n)[:, :-1], _chunks(noisy, m)], 1)  # [B, S, Z, c, h, w]
+    times = torch.cat([torch.zeros_like(timesteps[:, :1]).expand(-1, n - 1), timesteps], 1)
+    texts = text[:, None].expand(-1, n - 1 + m, -1, -1)
     grid = _chunks(frames[:, None, :, None, None], n)[:, :, 0, :, 0, 0]  # [B, n, c]
-    places = torch.cat([grid[:, :-1], grid], 1)
-    attention = _TeacherForced(n, rotation(transformer, places, clean.shape[3] // 2, clean.shape[4] // 2))
+    places = torch.cat([grid[:, :-1], grid[:, n - m :]], 1)
+    attention = _TeacherForced(n, m, rotation(transformer, places, clean.shape[3] // 2, clean.shape[4] // 2))
     for block in transformer.blocks:
         block.attn1.processor, block.attn2.processor = attention, _attend_text
     out = transformer(parts.flatten(0, 1), times.flatten(), texts.flatten(0, 1), return_dict=False)[0]
-    out = out.unflatten(0, (-1, 2 * n - 1))[:, n - 1 :]  # [B, n, Z, c, h, w]
+    out = out.unflatten(0, (-1, n - 1 + m))[:, n - 1 :]  # [B, m, Z, c, h, w]
     return out.transpose(1, 2).flatten(2, 3)
 
 
@@ -112,18 +113,19 @@ def release(transformer: WanTransformer3DModel) -> None:
 
 
 class _TeacherForced:
-    """Self-attention over n - 1 clean and n noisy chunks that arrive as batch entries: clean chunk i looks at clean
-    chunks up to i, noisy chunk i at clean chunks before i and at itself."""
+    """Self-attention over n - 1 clean and m noisy chunks that arrive as batch entries: clean chunk i looks at clean
+    chunks up to i, a noisy chunk at the clean chunks before it and at itself."""
 
-    def __init__(self, n: int, rotary: Rotation) -> None:
-        self.n, self.rotary = n, rotary
+    def __init__(self, n: int, m: int, rotary: Rotation) -> None:
+        self.n, self.m, self.rotary = n, m, rotary
 
     def __call__(self, attn: WanAttention, hidden: torch.Tensor, *_: object) -> torch.Tensor:
-        groups, size = 2 * self.n - 1, hidden.shape[1]
+        groups, size = self.n - 1 + self.m, hidden.shape[1]
         q, k, v = _project(attn, hidden, groups, self.rotary)
         parts = []
         for g in range(groups):
-            own, past = slice(g * size, (g + 1) * size), slice(0, (g if g < self.n - 1 else g - self.n + 1) * size)
+            before = g if g < self.n - 1 else g - self.m + 1
+            own, past = slice(g * size, (g + 1) * size), slice(0, before * size)
             keys, values = (torch.cat([x[:, :, past], x[:, :, own]], 2) for x in (k, v))
             parts.append(_attend(q[:, :, own], keys, values))
         return attn.to_out[0](torch.cat(parts, 2).transpose(1, 2).flatten(2).reshape(hidden.shape))

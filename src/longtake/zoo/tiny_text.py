@@ -1,30 +1,24 @@
-"""The tiny text side: a word-level tokenizer and a two-layer `UMT5EncoderModel` for captions of the world of shapes."""
+"""The tiny text side: a word-level tokenizer and a two-layer `UMT5EncoderModel` for captions of the world of lanes."""
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from longtake.zoo import world
+from longtake.zoo import lanes
 
 TEXT_TOKENS = 24  # rows that the transformer attends to, padding included
 SPECIAL = ("<pad>", "</s>", "<unk>")
 # Words that captions may use for a word of the world; training swaps them in now and then.
 SYNONYMS = {
     "ball": ("circle", "disc"),
-    "moving": ("drifting", "gliding"),
-    "bouncing": ("jumping", "hopping"),
-    "background": ("backdrop",),
+    "square": ("box",),
     "a": ("one", "the"),
-    "on": ("over",),
-    "over": ("on",),
 }
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per known word, any case; punctuation is dropped, other words become <unk>, </s> ends every prompt."""
-    known = {word for phrase, _, _ in world.BACKGROUNDS.values() for word in phrase.split()}
-    known |= {*world.COLOURS, *world.SHAPES, *world.MOTIONS, "a", "and", *SYNONYMS}
-    known |= {word for words in SYNONYMS.values() for word in words}
+    known = {*lanes.SHAPES, "a", "and", "nobody", *SYNONYMS} | {word for words in SYNONYMS.values() for word in words}
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(known)])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z]+"), " ")])

@@ -1,4 +1,4 @@
-"""The tiny transformer: a stock `WanTransformer3DModel`, trained chunk by chunk for a four-step sampler."""
+"""The tiny transformer: a stock `WanTransformer3DModel`, trained chunk by chunk, for many steps and then for four."""
 
 from pathlib import Path
 
@@ -13,9 +13,12 @@ from longtake.zoo.stages import Stage
 
 TIMESTEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
-FIRST_FILMS = 100
+FIRST_FILMS = 60
+FILMS = 1500  # a shelf this large is not outlived
 HISTORY_NOISE = 0.3
-FADED = 0.3  # share of windows
+OWN = 0.3  # share of windows whose history is the model's own
+ACTOR = 6.0  # weight of a latent cell with an actor in it
+FIRST_CHUNK = 2.0  # weight of a take's first chunk: everything after leans on it
 
 
 def warp(timesteps: tuple[int, ...] = TIMESTEPS, shift: float = SHIFT) -> list[float]:
@@ -42,39 +45,61 @@ def build(z_dim: int) -> WanTransformer3DModel:
 
 
 def train(
-    folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, seed: int, batch: int
+    folder: Path,
+    vae: AutoencoderKLWan,
+    variant: str,
+    stage_name: str,
+    minutes: float,
+    device: str,
+    seed: int,
+    batch: int,
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
-    """Teacher forcing on windows of four chunks, later of seven too; text encoder and transformer learn together."""
+    """Teacher forcing on windows of seven chunks of `variant` (short or long); text encoder and transformer learn
+    together. Stage "many" learns every noise level; stage "few" starts from it and learns the sampler's four levels, on
+    histories that are the model's own now and then."""
     torch.manual_seed(seed)
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
     transformer = build(vae.config.z_dim).to(device)
-    stage = Stage("transformer", folder, {"transformer": transformer, "encoder": encoder}, minutes, 3e-3)
-    library = Library(vae, seed + stage.steps)
+    modules = {"transformer": transformer, "encoder": encoder}
+    few, name = stage_name == "few", f"{variant}-{stage_name}"
+    if few:
+        load(folder / f"{variant}-many.pt", modules, device)
+    stage = Stage(name, folder, modules, minutes, 1.5e-3 if few else 3e-3)
+    library = Library(vae, variant, seed + stage.steps)
     library.grow(FIRST_FILMS)
     for share in stage:
-        rng = np.random.default_rng([seed, stage.steps])
-        library.grow(int(rng.random() < 0.5))
-        chunks = 4 if share < 0.6 or rng.random() < 0.4 else 7
-        window = library.draw(rng, max(1, batch * 4 // chunks), chunks)
-        # One row of text per distinct prompt of the batch, then one copy per chunk.
-        prompts = sorted({caption for captions in window.captions for caption in captions})
-        which = torch.tensor([[prompts.index(caption) for caption in captions] for captions in window.captions])
+        rng = np.random.default_rng([seed, few, stage.steps])
+        library.grow(int(library.films < FILMS))
+        chunks = 7 if variant == "long" or few or share > 0.5 or rng.random() < 0.5 else 4
+        window = library.draw(rng, max(1, batch * 7 // chunks), chunks)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            text = tiny_text.embed(tokens, encoder, prompts)[which.to(device)]
-            loss = _loss(transformer, window, text, rng, own=share > 0.5 and rng.random() < 0.5)
-        stage.step(*loss)
+            text = tiny_text.embed(tokens, encoder, window.captions)
+            loss, actor = _loss(transformer, window, text, rng, few)
+        stage.step(loss, actor=actor, films=library.films)
     stage.finish()
     causal.release(transformer)
     return transformer, encoder, tokens
 
 
+def load(checkpoint: Path, modules: dict[str, torch.nn.Module], device: str = "cpu") -> None:
+    """Put a stage's averaged weights into modules."""
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    for key, module in modules.items():
+        module.load_state_dict(state["modules"][key])
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, state["average"])
+
+
 def _loss(
-    transformer: WanTransformer3DModel, window: Batch, text: torch.Tensor, rng: np.random.Generator, own: bool
-) -> tuple[torch.Tensor]:
+    transformer: WanTransformer3DModel, window: Batch, text: torch.Tensor, rng: np.random.Generator, few: bool
+) -> tuple[torch.Tensor, float]:
     x, n = window.latents, window.learn.shape[1]
+    first = int((window.learn.amax(0) > 0).nonzero()[0])  # chunks before it are history only
+    m = n - first
     clean = x
-    if own:
+    if few and rng.random() < OWN:
         # History as the sampler may leave it: the model's own guess at one of its noise levels, given the true past.
         level = float(rng.choice(warp()[1:], p=[0.2, 0.4, 0.4]))
         times = torch.full((len(x), n), level, device=x.device)
@@ -82,27 +107,34 @@ def _loss(
         noisy = (1 - sigma) * x + sigma * torch.randn_like(x)
         with torch.no_grad():
             clean = noisy - sigma * causal.velocity(transformer, x, noisy, times, text, window.frames).float()
-    # Shapes that have faded must come back: the history is mixed with the empty scene now and then.
-    faded = torch.from_numpy(rng.random((len(x), n)) * (rng.random((len(x), 1)) < FADED)).to(x)
-    clean = clean + _spread(faded) * (window.empty - clean)
     dirt = torch.from_numpy(rng.uniform(0, HISTORY_NOISE, (len(x), n)) * (rng.random((len(x), 1)) < 0.7))
     dirt = _spread(dirt.to(x))
     clean = (1 - dirt) * clean + dirt * torch.randn_like(x)
-    sigmas = torch.from_numpy(_sigmas(rng, (len(x), n))).to(x)
-    noise = torch.randn_like(x)
-    noisy = (1 - _spread(sigmas)) * x + _spread(sigmas) * noise
+    sigmas = torch.from_numpy(_sigmas(rng, (len(x), m), few)).to(x)
+    target = x[:, :, first * CHUNK :]
+    noise = torch.randn_like(target)
+    noisy = (1 - _spread(sigmas)) * target + _spread(sigmas) * noise
     predicted = causal.velocity(transformer, clean, noisy, 1000 * sigmas, text, window.frames)
-    error = (predicted.float() - (noise - x)).square().unflatten(2, (n, CHUNK)).mean((1, 3, 4, 5))  # [B, n]
-    return ((error * window.learn).sum() / window.learn.sum(),)
+    error = (predicted.float() - (noise - target)).square().mean(1)  # [B, F, h, w]
+    actors = window.actors[:, first * CHUNK :].float()
+    learn = window.learn[:, first:].repeat_interleave(CHUNK, 1)[:, :, None, None]
+    if first == 0:
+        learn = learn.clone()
+        learn[:, :CHUNK] *= FIRST_CHUNK
+    weight = learn * (1 + (ACTOR - 1) * actors)
+    seen = learn * actors
+    return (error * weight).sum() / weight.sum(), float((error.detach() * seen).sum() / seen.sum().clamp_min(1))
 
 
-def _sigmas(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    # Mostly the sampler's own noise levels, some of the same region, a few from everywhere.
+def _sigmas(rng: np.random.Generator, shape: tuple[int, int], few: bool) -> np.ndarray:
+    # Many steps: from everywhere, with the sampler's region in front. Few: mostly the sampler's own levels.
     exact = rng.choice(np.array(warp()) / 1000, shape)
     u = rng.random(shape)
     near = SHIFT * u / (1 + (SHIFT - 1) * u)
     kind = rng.random(shape)
-    return np.where(kind < 0.6, exact, np.where(kind < 0.85, near, rng.random(shape)))
+    return np.where(
+        kind < (0.7 if few else 0.0), exact, np.where(kind < (0.9 if few else 0.6), near, rng.random(shape))
+    )
 
 
 def _spread(per_chunk: torch.Tensor) -> torch.Tensor:
@@ -112,12 +144,13 @@ def _spread(per_chunk: torch.Tensor) -> torch.Tensor:
 
 def sample(
     transformer: WanTransformer3DModel, text: torch.Tensor, chunks: int, seed: int, steps: list[float] | None = None,
-    window: int = 21, sink: int = 3,
+    window: int = 21, sink: int = 3, size: int = 16,
 ) -> torch.Tensor:  # fmt: skip
-    """Normalised latents [B, Z, 3 chunks, 8, 8] of a rollout under text [B, T, d]; window and sink in latent frames."""
+    """Normalised latents [B, Z, 3 chunks, size, size] of a rollout under text [B, T, d]; window and sink in latent
+    frames."""
     generator = torch.Generator().manual_seed(seed)
     rollout = causal.Rollout(transformer, steps or warp(), window, sink)
-    shape = (len(text), transformer.config.in_channels, CHUNK, 8, 8)
+    shape = (len(text), transformer.config.in_channels, CHUNK, size, size)
     parts = [rollout.next(torch.randn(shape, generator=generator), text, generator) for _ in range(chunks)]
     causal.release(transformer)
     return torch.cat(parts, 2)

@@ -1,11 +1,11 @@
-"""Train the embedded model `tiny-wan` from nothing: `python -m longtake.zoo.train_tiny_wan --out DIR`.
+"""Train the embedded models `tiny-wan-short` and `tiny-wan-long` from nothing, as `longtake train tiny-wan` does.
 
-Three stages: the video autoencoder, its decoder alone, then text encoder and transformer together. Each keeps a
-checkpoint in DIR/work, so the same command goes on where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR
-itself is the finished pipeline folder.
+Stages: the video autoencoder, its decoder alone, then text encoder and transformer together: for every noise level
+("many"), then for the four of the sampler ("few"). Each keeps a checkpoint in DIR/work, so the same command goes on
+where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR itself is the finished pipeline folder, DIR/many-steps
+the transformer before its last stage. The second variant takes the autoencoder of the first.
 """
 
-import argparse
 import json
 import platform
 import time
@@ -19,51 +19,72 @@ import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from longtake.zoo import tiny_text, tiny_transformer, tiny_vae, world
+from longtake.errors import LongtakeError
+from longtake.zoo import lanes, tiny_text, tiny_transformer, tiny_vae
 from longtake.zoo.clips import CHUNK
 
+VARIANTS = ("short", "long")
 PROMPTS = (
-    "a red ball bouncing on a dark background",
-    "a green square moving on a light background",
-    "a white ring moving at night",
+    "a ball, a square and a triangle",
+    "a diamond, a ball, a square and a ball",
+    "a triangle, a triangle and a ball",
 )
 ABOUT = (
-    "A four-step causal text-to-video model of coloured shapes (64 x 64, 16 frames a second), trained from nothing on a"
-    " procedural world by `python -m longtake.zoo.train_tiny_wan`; for trying, testing and measuring, not for beauty."
+    "A four-step causal text-to-video model of actors who hide and come back (128 x 128, 16 frames a second), variant"
+    " {variant}, trained from nothing on a procedural world by `longtake train tiny-wan`; for measuring what a policy"
+    " remembers, not for beauty."
 )
 
 
 def train(
     out: Path,
-    vae_minutes: float,
-    decoder_minutes: float,
-    transformer_minutes: float,
+    variant: str,
+    minutes: dict[str, float],
+    vae_from: Path | None = None,
     device: str = "cpu",
     seed: int = 0,
-    batch: int = 6,
+    batch: int = 2,
 ) -> dict[str, object]:
-    """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says."""
+    """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says.
+
+    `minutes` are the budgets of "vae", "decoder", "many" and "few". With `vae_from`, a finished folder, its autoencoder
+    is taken and the first two stages are left out.
+    """
     work, begun = out / "work", time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    vae = tiny_vae.train(work, vae_minutes, device, seed)
-    tiny_vae.refine(work, vae, decoder_minutes, device, seed)
-    transformer, encoder, tokens = tiny_transformer.train(work, vae, transformer_minutes, device, seed, batch)
+    if vae_from is None:
+        vae = tiny_vae.train(work, minutes["vae"], device, seed)
+        tiny_vae.refine(work, vae, minutes["decoder"], device, seed)
+    else:
+        try:
+            vae = AutoencoderKLWan.from_pretrained(vae_from / "vae", torch_dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise LongtakeError(f"{vae_from} has no readable autoencoder ({first}): give a model folder") from error
+        vae.to(device).requires_grad_(False)
+    parts = {}
+    for stage in ("many", "few"):
+        parts[stage] = tiny_transformer.train(work, vae, variant, stage, minutes[stage], device, seed, batch)
     facts: dict[str, object] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
         "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
+        "variant": variant,
         "seed": seed,
-        "minutes": {"vae": vae_minutes, "decoder": decoder_minutes, "transformer": transformer_minutes},
+        "minutes": minutes,
         "last_call_minutes": round((time.monotonic() - begun) / 60, 1),
         "final": {row["stage"]: row for row in map(json.loads, (work / "metrics.jsonl").read_text().splitlines())},
         "vae_psnr_fresh_seeds": round(_vae_psnr(vae), 2),
     }
-    export(out, vae, transformer, encoder, tokens, facts)
+    parts["many"][0].half().save_pretrained(out / "many-steps", safe_serialization=True)
+    transformer, encoder, tokens = parts["few"]
+    export(out, variant, vae, transformer, encoder, tokens, facts)
     return facts
 
 
 def export(
     out: Path,
+    variant: str,
     vae: AutoencoderKLWan,
     transformer: WanTransformer3DModel,
     encoder: UMT5EncoderModel,
@@ -87,13 +108,14 @@ def export(
         "timesteps": list(tiny_transformer.TIMESTEPS),
         "shift": tiny_transformer.SHIFT,
         "guidance_scale": 1.0,
-        "fps": world.FPS,
-        "height": world.SIZE,
-        "width": world.SIZE,
+        "fps": lanes.FPS,
+        "height": lanes.SIZE,
+        "width": lanes.SIZE,
         "text_tokens": tiny_text.TEXT_TOKENS,
         "training_frames": 7 * CHUNK,
         "prompts": list(PROMPTS),
-        "about": ABOUT,
+        "about": ABOUT.format(variant=variant),
+        "world": "lanes",
     }
     for path in out.glob("*/*.safetensors"):
         path.chmod(0o644)
@@ -103,28 +125,7 @@ def export(
 
 def _vae_psnr(vae: AutoencoderKLWan) -> float:
     scores = []
-    for seed in range(16):
-        video, _ = world.sample((1 << 40) + seed, 33)
+    for seed in range(8):
+        video, _ = lanes.sample((1 << 41) + seed, 33)
         scores.append(tiny_vae.psnr(tiny_vae.decode(vae, tiny_vae.encode(vae, video[None]))[0], video))
     return float(np.mean(scores))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.zoo.train_tiny_wan", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; also holds the checkpoints")
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=6, help="windows of four chunks a step")
-    parser.add_argument("--vae-minutes", type=float, default=12.0)
-    parser.add_argument("--decoder-minutes", type=float, default=6.0)
-    parser.add_argument("--transformer-minutes", type=float, default=40.0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    minutes = given.vae_minutes, given.decoder_minutes, given.transformer_minutes
-    train(given.out, *minutes, given.device, given.seed, given.batch)
-
-
-if __name__ == "__main__":
-    main()
