@@ -9,6 +9,7 @@ import typer
 
 from . import __version__
 from .commands.analyze import analyze
+from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
@@ -40,7 +41,7 @@ def longtake(
     """Autoregressive video of any length in bounded memory."""
 
 
-for command in (generate, demo, convert, plan, models, policies):
+for command in (generate, demo, compare, convert, plan, models, policies):
     app.command()(guarded(command))
 
 bench = typer.Typer(cls=Commands, help=bench_cli.HELP)

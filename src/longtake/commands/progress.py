@@ -99,3 +99,31 @@ class DemoProgress(_Bar):
     def __enter__(self) -> DemoProgress:
         self._bar.start()
         return self
+
+
+class CountProgress(_Bar):
+    """Counts finished things of one kind; where there is no terminal, a line every ten seconds."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self.label, self._said, self._terminal = label, time.perf_counter(), console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[last]}", markup=False), TimeRemainingColumn(compact=True),
+            console=console, disable=not self._terminal, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(label, total=None, last="")
+
+    def __enter__(self) -> CountProgress:
+        self._bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, last: str) -> None:
+        """`done` of `total` are finished; `last` names the latest."""
+        self._bar.update(self._task, completed=done, total=total, last=last)
+        if not self._terminal and time.perf_counter() - self._said > _LOG_SECONDS:
+            say(f"{self.label}: {done} of {total}")
+            self._said = time.perf_counter()

@@ -1,0 +1,1 @@
+"""Comparing KV policies on the procedural world of lanes: protocols, cells, statistics and one report."""

@@ -1,0 +1,79 @@
+"""What is compared: every policy that has a name, at several budgets, and the controls that keep the figures honest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import LongtakeError
+from ...plan import HistoryShape
+from ...policies import KVPolicy, SlidingWindow, registry
+from ...policies.full_history import FullHistory
+
+TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED = "truth", "frozen", "loop", "no history", "shuffled"
+CONTROLS = (TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED)
+MODEL_FREE = (TRUTH, FROZEN, LOOP)  # pictures made of the given frames, without a model
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a comparison. `budget` is in bytes of history and None where nothing was fitted."""
+
+    name: str
+    policy: KVPolicy | None = None
+    control: str = ""
+    budget: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What identifies the arm: name, the policy's own name and options, budget."""
+        described = registry.describe(self.policy) if self.policy is not None else None
+        return {"name": self.name, "control": self.control, "policy": described, "budget": self.budget}
+
+
+def controls(shape: HistoryShape) -> list[Arm]:
+    """The five rows that every table has."""
+    policies: dict[str, KVPolicy] = {NO_HISTORY: SlidingWindow(shape.chunk_frames, sink=0), SHUFFLED: FullHistory()}
+    return [Arm(name, policies.get(name), name) for name in CONTROLS]
+
+
+def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes: list[str] | None = None) -> list[Arm]:
+    """Policies of `specs` ("window:sink=0", "packcache", …; empty: all that have a name, the window also without a
+    sink), each fitted to the bytes of so many latent frames of K/V.
+
+    A policy that cannot be fitted stands once, as it is, if it works for such a take; why a row is missing goes into
+    `notes`. Raises LongtakeError for an unknown policy.
+    """
+    found: list[Arm] = []
+    for spec in specs or every():
+        policy = registry.parse(spec)
+        if isinstance(policy, FullHistory):
+            found.append(Arm(spec, policy))
+            continue
+        fitted: list[tuple[int | None, KVPolicy]] = []
+        for budget in (n * shape.frame_bytes for n in frames):
+            try:
+                fitted.append((budget, policy.fit(budget, shape)))
+            except LongtakeError as error:
+                (notes if notes is not None else []).append(f"{spec} at {budget} bytes: {error}")
+        for budget, chosen in fitted or [(None, policy)]:
+            try:
+                chosen.check(shape)
+            except LongtakeError as error:
+                (notes if notes is not None else []).append(f"{spec}: {error}")
+                continue
+            if not any(arm.policy == chosen and arm.name == spec for arm in found):
+                found.append(Arm(spec, chosen, budget=budget))
+    return found
+
+
+def every() -> list[str]:
+    """Specs of all policies that have a name and work without options, and the window without a sink."""
+    names = []
+    for name in sorted(registry.available()):
+        try:
+            registry.parse(name)
+        except LongtakeError:  # it has to be told something
+            continue
+        names += ["window:sink=0", "window"] if name == "window" else [name]
+    return names

@@ -1,0 +1,80 @@
+"""Cells that survive: each finished one is a file, written whole or not at all, and never made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import LongtakeError
+from ..provenance import read_json, write_atomically
+from .arms import Arm
+from .protocols import Setting
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one seed of one model; its key is a hash of all that decides its outcome."""
+
+    model: str
+    weights: str  # hash of the model's files
+    arm: Arm
+    seed: int
+    setting: Setting
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the outcome."""
+        return {
+            "model": self.model, "weights": self.weights, "arm": self.arm.as_dict(), "seed": self.seed,
+            "setting": self.setting.as_dict(),
+        }  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Store:
+    """A folder of finished cells."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "cells"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LongtakeError(f"cannot make folder {self.folder}: {error.strerror}; give another --out") from error
+
+    def __contains__(self, cell: Cell) -> bool:
+        return self._path(cell).exists()
+
+    def put(self, cell: Cell, outcome: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Keep a finished cell with its origin (date, machine, versions, commit)."""
+        content = {"key": cell.key, **cell.facts, "outcome": outcome, "origin": origin}
+        write_atomically(self._path(cell), json.dumps(content, indent=1, default=str).encode())
+
+    def get(self, cell: Cell) -> dict[str, Any]:
+        """A finished cell's content. Raises LongtakeError if the file is damaged."""
+        return read_json(self._path(cell))
+
+    def missing(self, cells: list[Cell]) -> Iterator[Cell]:
+        """Those that are not finished, in order."""
+        return (cell for cell in cells if cell not in self)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.key}.json"
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model folder's weights and settings."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.name != "training.json"
+    ):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,131 @@
+"""From finished cells to tables: one table for each model and protocol, never mixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...zoo import lanes
+from . import arms as names
+from .cells import Cell, Store
+from .statistics import Hits, holm, interval, mean, paired
+
+CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
+TRUE_ENOUGH = 0.95
+REFERENCE = "full"
+
+
+def summarise(todo: Sequence[Cell], store: Store, training_frames: dict[str, int]) -> dict[str, Any]:
+    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells."""
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    arms: dict[str, dict[str, Any]] = {}
+    for cell in todo:
+        if cell not in store:
+            continue
+        label = label_of(cell)
+        arms[label] = cell.arm.as_dict()
+        groups.setdefault((cell.model, cell.setting.protocol), {}).setdefault(label, []).append(store.get(cell))
+    tables = []
+    for (model, protocol), by_arm in groups.items():
+        make = _teacher_forced if protocol == "A" else _free
+        rows = [{"arm": label, **arms[label], **make(found, training_frames[model])} for label, found in by_arm.items()]
+        _differences(rows, by_arm, protocol)
+        tables.append(
+            {"model": model, "protocol": protocol, "rows": rows, "admitted": _admitted(rows), "chance": CHANCE}
+        )
+    return {"tables": tables}
+
+
+def label_of(cell: Cell) -> str:
+    """An arm's name with its budget in KiB."""
+    return cell.arm.name if cell.arm.budget is None else f"{cell.arm.name} @ {cell.arm.budget // 1024} KiB"
+
+
+def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
+    events = lambda keep, key: {
+        cell["seed"]: [float(e[key]) for e in cell["outcome"]["events"] if keep(e)] for cell in found
+    }
+    everything = lambda e: True
+    row: dict[str, Any] = {"events": sum(len(cell["outcome"]["events"]) for cell in found), "seeds": len(found)}
+    for key in ("colour", "texture"):
+        row[f"recall_{key}"] = _estimate(events(everything, key))
+        row[f"recall_{key}_in_range"] = _estimate(events(lambda e: e["age"] <= training and not e["repainted"], key))
+        row[f"recall_{key}_repainted"] = _estimate(events(lambda e: e["repainted"], key))
+        row[f"recall_{key}_far_in_sink"] = _estimate(
+            events(lambda e: e["age"] > training and e["in_sink"] and not e["repainted"], key)
+        )
+        row[f"recall_{key}_by_gap"] = {
+            str(gap): _estimate(events(lambda e, gap=gap: e["gap"] == gap, key))
+            for gap in sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
+        }
+    for key in ("lawful", "missing", "duplicated"):
+        row[key] = _estimate(events(everything, key))
+    distances = [e["distance"] for cell in found for e in cell["outcome"]["events"] if e["distance"] is not None]
+    row["distance_px"] = round(float(np.median(distances)), 2) if distances else None
+    row["psnr_db"] = _estimate({cell["seed"]: cell["outcome"]["psnr"] for cell in found})
+    return row | _cost(found)
+
+
+def _free(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
+    returns = lambda key: {cell["seed"]: [float(e[key]) for e in cell["outcome"]["returns"]] for cell in found}
+    each = lambda key: {cell["seed"]: [cell["outcome"][key]] for cell in found}
+    row: dict[str, Any] = {"events": sum(len(c["outcome"]["returns"]) for c in found), "seeds": len(found)}
+    for key in ("colour", "texture", "duplicated"):
+        row[key if key == "duplicated" else f"recall_{key}"] = _estimate(returns(key))
+    row["chunks_to_first_error"] = _estimate({
+        cell["seed"]: [float(cell["outcome"]["first_error"] if cell["outcome"]["first_error"] is not None
+                             else cell["outcome"]["chunks"])] for cell in found
+    })  # fmt: skip
+    for key in ("clock_lawful", "background_ssim", "luma_slope", "contrast_slope"):
+        row[key] = _estimate(each(key))
+    return row | _cost(found)
+
+
+def _cost(found: list[dict[str, Any]]) -> dict[str, Any]:
+    largest: Callable[[Iterable[int]], int] = lambda values: max(values, default=0)
+    return {
+        "attended_tokens": largest(cell["outcome"]["attended_tokens"] for cell in found),
+        "device_bytes": largest(cell["outcome"]["bytes"].get("device", 0) for cell in found),
+        "total_bytes": largest(cell["outcome"]["bytes"].get("total", 0) for cell in found),
+        "seconds_per_cell": round(float(np.median([cell["origin"]["seconds"] for cell in found])), 2),
+    }
+
+
+def _estimate(hits: Hits) -> dict[str, Any]:
+    count = sum(map(len, hits.values()))
+    if not count:
+        return {"n": 0}
+    low, high = interval(hits)
+    return {"n": count, "mean": round(mean(hits), 4), "ci95": [round(low, 4), round(high, 4)]}
+
+
+def _differences(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]], protocol: str) -> None:
+    """Paired differences of colour recall from full history, corrected for their number."""
+    kind = "events" if protocol == "A" else "returns"
+    hits = {
+        label: {cell["seed"]: [float(e["colour"]) for e in cell["outcome"][kind]] for cell in found}
+        for label, found in by_arm.items()
+    }
+    if REFERENCE not in hits:
+        return
+    tested = [row for row in rows if row["arm"] != REFERENCE and row["arm"] not in names.CONTROLS]
+    found = [paired(hits[row["arm"]], hits[REFERENCE]) for row in tested]
+    for row, (gap, (low, high), _), p in zip(tested, found, holm([p for _, _, p in found]), strict=True):
+        if not math.isnan(gap):
+            row["against_full"] = {
+                "difference": round(gap, 4), "ci95": [round(low, 4), round(high, 4)], "p_holm": round(p, 5),
+            }  # fmt: skip
+
+
+def _admitted(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """A metric may be used if the truth scores high in it and pictures without any generation score at most chance."""
+    by_name = {row["control"]: row for row in rows if row["control"]}
+    answer = {}
+    for key, chance in CHANCE.items():
+        value = lambda name, key=key: by_name.get(name, {}).get(f"recall_{key}", {}).get("mean", float("nan"))
+        idle = max(value(names.FROZEN), value(names.LOOP))
+        answer[f"recall_{key}"] = bool(value(names.TRUTH) >= TRUE_ENOUGH and idle <= chance)
+    return answer
