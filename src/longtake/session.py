@@ -19,7 +19,7 @@ from .geometry import Geometry
 from .history import History
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
-from .plan import COMPRESSED, HistoryShape, Plan
+from .plan import COMPRESSED, FULL, Drop, HistoryShape, Plan
 from .policies import FullHistory, KVPolicy, KVRange, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers import Sampler, Sampling, default_sampler, staggered
@@ -95,6 +95,8 @@ class Session:
             raise LongtakeError(f"compressor={compressor!r}: give a compressor, e.g. MeanPool(), or None")
         wanted = "compressed" in self.policy.requires
         self.compressor = (compressor or self.host.compressor) if wanted else None
+        if isinstance(self.compressor, torch.nn.Module):
+            self.compressor.to(self.host.device)
         self.geometry: Geometry = self.host.geometry(height, width)
         self.chunks = chunks
         self.guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -272,7 +274,6 @@ class Session:
 
     @prompt.setter
     def prompt(self, prompt: str | Sequence[str]) -> None:
-        self._check_switch()
         given, text = self._encode(prompt, None, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompts for {self.batch} takes: give one for each")
@@ -281,7 +282,6 @@ class Session:
 
     def set_prompt_embeds(self, embeds: Tensor) -> None:
         """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""
-        self._check_switch()
         _, text = self._encode(None, embeds, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompt embeddings for {self.batch} takes: give one for each")
@@ -297,6 +297,7 @@ class Session:
         if self._latents is None:
             raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
         self._obey()
+        self._begin()
         whole = [block.id for block in self.history.table().blocks if block.complete and block.id in self._latents]
         for block in whole:
             table = self.history.reopen(block)
@@ -440,19 +441,27 @@ class Session:
         )
 
     def _begin(self) -> None:
-        """Where prompts are part of the sequence, their K/V are the first block of the history, never dropped."""
+        """Where prompts are part of the sequence, their K/V are a block of the history, never dropped: its first, made
+        anew when another prompt comes into force."""
         prefixes = {name: self.host.prefix(stream.text) for name, stream in self._streams.items()}
         positions = {name: at for name, at in prefixes.items() if at is not None}
-        if self.history.blocks or not positions:
+        if not positions or not any(stream.text.k for stream in self._streams.values()):
             return
+        for stream in self._streams.values():
+            if not stream.text.k:  # the block is one for all streams
+                stream.text = replace(self.host.text_state(stream.text.embeds), start=stream.text.start)
+        if old := next((b for b in self.history.blocks if b.role == "anchor" and not b.span), None):
+            self.history.reserve(max(0, len(positions["cond"][0]) - old.forms[FULL].tokens))
+            self.history.apply(Plan(drops=(Drop(old.id),)))
         block = self.history.admit(0, 0, positions, role="anchor")
+        self.history.blocks.insert(0, self.history.blocks.pop())  # time order
         self.history.apply(Plan())
         for name, stream in self._streams.items():
             for view, k, v in zip(
                 self.history.layers(name, block, write=True), stream.text.k, stream.text.v, strict=True
             ):
                 view.put(k.expand(self.batch, -1, -1, -1), v.expand(self.batch, -1, -1, -1))
-            stream.text = TextState(stream.text.embeds, [], [])  # the history holds them now
+            stream.text = replace(stream.text, k=[], v=[])  # the history holds them now
         self.history.commit(block)
 
     def _admit(self, span: int, role: str = "live") -> int:
@@ -644,15 +653,12 @@ class Session:
     def _obey(self) -> None:
         """A prompt that was set since the last chunk comes into force."""
         if self._pending is not None:
-            self._streams["cond"].text, self._pending = self._pending, None
+            # where a prompt is part of the sequence, it ends where the one before it did: frames stay where they are
+            old, new, self._pending = self._streams["cond"].text, self._pending, None
+            start = old.start + old.embeds.shape[1] - new.embeds.shape[1]
+            self._streams["cond"].text = replace(new, start=start)
             if self._staggered is not None:
                 self._staggered.texts = {name: stream.text for name, stream in self._streams.items()}
-
-    def _check_switch(self) -> None:
-        if self.host.prefix(self._streams["cond"].text) is not None:
-            raise LongtakeError(
-                f"{self.host.name} has the prompt in its history: begin a new take for another one"
-            )
 
     def _encode(
         self, prompt: str | Sequence[str] | None, embeds: Tensor | TextState | None, name: str, expand: int = 1

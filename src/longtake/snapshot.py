@@ -8,7 +8,7 @@ import platform
 import secrets
 import stat
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from .plan import Block, Form
 from .policies import KVPolicy
 from .reuse import ReusePolicy
 from .samplers.chunked import NoiseSource
+from .samplers.masked import MaskedSampler
 from .samplers.staggered import Stagger
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def save(session: Session, path: Any) -> None:
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
+        "starts": {name: stream.text.start for name, stream in session._streams.items()},
+        "masked": asdict(session.sampler) if isinstance(session.sampler, MaskedSampler) else None,
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
         "keep_latents": session._latents is not None, "decode": session.decode,
         "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
@@ -161,6 +164,8 @@ def restore(
         )
     policy = policy or policies.build(made_with, fields_of)
     flight = description.get("flight")
+    masked = description.get("masked")
+    sampler: Any = Stagger(**flight["stagger"]) if flight else masked and MaskedSampler(**masked)
     session = cls(
         host, policy, reuse=reuse,
         prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
@@ -169,7 +174,7 @@ def restore(
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decode"],
         keep_latents=description["keep_latents"], compressor=compressor,
-        sampler=Stagger(**flight["stagger"]) if flight else None,
+        sampler=sampler,
     )  # fmt: skip
     made_by, ours = description["compressor"], session.compressor and session.compressor.describe()
     if made_by != ours:
@@ -182,6 +187,10 @@ def restore(
     session._tokens = {int(block): x.to(host.device) for block, x in kept.items()}
     if "ahead/latents" in tensors:
         session._ahead = tensors["ahead/latents"].to(host.device), tensors["ahead/frames"]
+    for stream_name, stream in session._streams.items():
+        start = description.get("starts", {}).get(stream_name, 0)
+        in_history = host.prefix(stream.text) is not None and bool(description["history"]["blocks"])
+        stream.text = replace(stream.text, start=start, **({"k": [], "v": []} if in_history else {}))
     session._prompt, session._negative = description["prompt"], description["negative"]
     session.lockstep = description["lockstep"]
     session.frame, session.index = description["frame"], description["index"]

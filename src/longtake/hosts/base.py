@@ -102,6 +102,7 @@ class TextState:
     embeds: Tensor
     k: list[Tensor]
     v: list[Tensor]
+    start: int = 0  # where its first token stands, if it is part of the sequence
 
     @property
     def nbytes(self) -> int:

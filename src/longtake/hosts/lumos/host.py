@@ -93,6 +93,9 @@ class Lumos(Host):
             )
         return torch.tensor(rows)
 
+    def encode_for(self, prompts: Sequence[str], geometry: Geometry, frames: int | None) -> Tensor:
+        return self.encode_prompt(prompts, geometry, frames)
+
     def unconditional(self, embeds: Tensor) -> Tensor:
         """The header [1, 3] that ends these ids: what is left of a prompt without its text."""
         return embeds[:1, embeds.shape[1] - sequence.HEADER :]
@@ -120,7 +123,8 @@ class Lumos(Host):
         return TextState(embeds, [x.k for x in layers if x.k is not None], [x.v for x in layers if x.v is not None])
 
     def prefix(self, text: TextState) -> Positions:
-        return sequence.text_positions(text.embeds.shape[1])
+        base, step = sequence.text_positions(text.embeds.shape[1])
+        return base + text.start, step
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +135,8 @@ class Lumos(Host):
     def stream_positions(
         self, geometry: Geometry, frame: int, span: int, texts: Mapping[str, TextState]
     ) -> dict[str, Positions]:
-        return {name: self._positions(geometry, text.embeds.shape[1], frame) for name, text in texts.items()}
+        ends = {name: text.start + text.embeds.shape[1] for name, text in texts.items()}
+        return {name: self._positions(geometry, end, frame) for name, end in ends.items()}
 
     @torch.no_grad()
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
