@@ -169,7 +169,9 @@ DecoderMinutes = Annotated[float, Option(help="For its decoder alone.")]
 ManyMinutes = Annotated[float, Option(help="For text encoder and transformer, at every noise level.")]
 FewMinutes = Annotated[float, Option(help="For both once more, at the sampler's four noise levels.")]
 Variant = Annotated[str, Option(help="short: seven chunks on end; long: sparse histories of up to 200 latent frames.")]
-VaeFrom = Annotated[Path | None, Option(metavar="DIR", help="Model folder whose autoencoder is taken, not trained.")]
+Begin = Annotated[
+    Path | None, Option(metavar="DIR", help="A finished training: take its autoencoder and its many-step stage.")
+]
 Batch = Annotated[int, Option(help="Windows of seven chunks a step.")]
 TrainSeed = Annotated[int, Option("--seed", help="Start of the random numbers.")]
 TrainDevice = Annotated[str, Option("--device", help="cpu or cuda.")]

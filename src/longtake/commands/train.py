@@ -30,7 +30,7 @@ def tiny_wan(
     decoder_minutes: options.DecoderMinutes = 5.0,
     many_minutes: options.ManyMinutes = 25.0,
     few_minutes: options.FewMinutes = 15.0,
-    vae_from: options.VaeFrom = None,
+    begin: options.Begin = None,
     batch: options.Batch = 2,
     seed: options.TrainSeed = 0,
     device: options.TrainDevice = "cpu",
@@ -61,11 +61,11 @@ def tiny_wan(
         # Late, because its classes are diffusers' and transformers' own.
         from ..zoo.train_tiny_wan import train as run
 
-        planned = sum(value for name, value in minutes.items() if vae_from is None or name in ("many", "few"))
+        planned = sum(value for name, value in minutes.items() if begin is None or name == "few")
         shell.say(
             f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
         )
-        facts = run(out, variant, minutes, vae_from, device, seed, batch)
+        facts = run(out, variant, minutes, begin, device, seed, batch)
     finally:
         torch.set_num_threads(before)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"

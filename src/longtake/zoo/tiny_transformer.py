@@ -13,7 +13,7 @@ from longtake.zoo.stages import Stage
 
 TIMESTEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
-FIRST_FILMS = 60
+FIRST_FILMS = 100
 FILMS = 1500  # a shelf this large is not outlived
 HISTORY_NOISE = 0.3
 OWN = 0.3  # share of windows whose history is the model's own
@@ -53,24 +53,25 @@ def train(
     device: str,
     seed: int,
     batch: int,
+    start: Path | None = None,
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
     """Teacher forcing on windows of seven chunks of `variant` (short or long); text encoder and transformer learn
-    together. Stage "many" learns every noise level; stage "few" starts from it and learns the sampler's four levels, on
-    histories that are the model's own now and then."""
+    together. Stage "many" learns every noise level; stage "few" learns the sampler's four levels, on histories that are
+    the model's own now and then. `start` is the checkpoint of another stage to begin with."""
     torch.manual_seed(seed)
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
     transformer = build(vae.config.z_dim).to(device)
     modules = {"transformer": transformer, "encoder": encoder}
     few, name = stage_name == "few", f"{variant}-{stage_name}"
-    if few:
-        load(folder / f"{variant}-many.pt", modules, device)
+    if start is not None:
+        load(start, modules, device)
     stage = Stage(name, folder, modules, minutes, 1.5e-3 if few else 3e-3)
     library = Library(vae, variant, seed + stage.steps)
     library.grow(FIRST_FILMS)
     for share in stage:
         rng = np.random.default_rng([seed, few, stage.steps])
-        library.grow(int(library.films < FILMS))
+        library.grow(int(library.films < FILMS and rng.random() < 0.3))
         chunks = 7 if variant == "long" or few or share > 0.5 or rng.random() < 0.5 else 4
         window = library.draw(rng, max(1, batch * 7 // chunks), chunks)
         with torch.autocast(torch.device(device).type, torch.bfloat16):

@@ -3,7 +3,7 @@
 Stages: the video autoencoder, its decoder alone, then text encoder and transformer together: for every noise level
 ("many"), then for the four of the sampler ("few"). Each keeps a checkpoint in DIR/work, so the same command goes on
 where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR itself is the finished pipeline folder, DIR/many-steps
-the transformer before its last stage. The second variant takes the autoencoder of the first.
+the transformer before its last stage. The second variant begins with the autoencoder and "many" of the first.
 """
 
 import json
@@ -40,31 +40,35 @@ def train(
     out: Path,
     variant: str,
     minutes: dict[str, float],
-    vae_from: Path | None = None,
+    begin: Path | None = None,
     device: str = "cpu",
     seed: int = 0,
     batch: int = 2,
 ) -> dict[str, object]:
     """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says.
 
-    `minutes` are the budgets of "vae", "decoder", "many" and "few". With `vae_from`, a finished folder, its autoencoder
-    is taken and the first two stages are left out.
+    `minutes` are the budgets of "vae", "decoder", "many" and "few". With `begin`, the folder of a finished training, its
+    autoencoder and its stage "many" are taken, and only "few" is trained.
     """
     work, begun = out / "work", time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    if vae_from is None:
+    common = device, seed, batch
+    if begin is None:
         vae = tiny_vae.train(work, minutes["vae"], device, seed)
         tiny_vae.refine(work, vae, minutes["decoder"], device, seed)
+        many, *_ = tiny_transformer.train(work, vae, variant, "many", minutes["many"], *common)
+        many.half().save_pretrained(out / "many-steps", safe_serialization=True)
+        start = work / f"{variant}-many.pt"
     else:
         try:
-            vae = AutoencoderKLWan.from_pretrained(vae_from / "vae", torch_dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise LongtakeError(f"{vae_from} has no readable autoencoder ({first}): give a model folder") from error
+            vae = AutoencoderKLWan.from_pretrained(begin / "vae", torch_dtype=torch.float32, local_files_only=True)
+            start = next(iter((begin / "work").glob("*-many.pt")))
+        except (OSError, ValueError, StopIteration) as error:
+            raise LongtakeError(f"{begin} is no finished training: give the --out of `longtake train tiny-wan`") from error
         vae.to(device).requires_grad_(False)
-    parts = {}
-    for stage in ("many", "few"):
-        parts[stage] = tiny_transformer.train(work, vae, variant, stage, minutes[stage], device, seed, batch)
+    transformer, encoder, tokens = tiny_transformer.train(
+        work, vae, variant, "few", minutes["few"], *common, start=start
+    )
     facts: dict[str, object] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
@@ -76,8 +80,6 @@ def train(
         "final": {row["stage"]: row for row in map(json.loads, (work / "metrics.jsonl").read_text().splitlines())},
         "vae_psnr_fresh_seeds": round(_vae_psnr(vae), 2),
     }
-    parts["many"][0].half().save_pretrained(out / "many-steps", safe_serialization=True)
-    transformer, encoder, tokens = parts["few"]
     export(out, variant, vae, transformer, encoder, tokens, facts)
     return facts
 
