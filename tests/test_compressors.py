@@ -1,5 +1,6 @@
 """Compressors: token counts, positions, and what a session makes of them."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake import FullHistory, Geometry, LongtakeError, NonFiniteError, PlanError, Session
-from longtake.compressors import Compressor, DualBranch, LowResolution, MeanPool, StreamingEncoder, TakeState
+from longtake import FullHistory, Geometry, LongtakeError, NonFiniteError, PlanError, Session, load
+from longtake.compressors import Compressor, DualBranch, LowResolution, MeanPool, StreamingEncoder, TakeState, parse
 from longtake.compressors.low_resolution import shrunk
 from longtake.decoding import encode
 from longtake.history import LayerView
@@ -252,6 +253,39 @@ def test_a_compressor_is_saved_and_loaded_as_a_model_folder(tmp_path):
 def test_settings_that_no_compressor_has_are_refused(settings):
     with pytest.raises(LongtakeError):
         DualBranch(**settings)
+
+
+def test_compressors_go_by_name_or_folder(tmp_path):
+    assert parse("mean-pool:where=raster") == MeanPool(where="raster")
+    assert parse("low-resolution:streaming=false") == LowResolution(streaming=False)
+    branch = DualBranch.sized(4, 24)
+    branch.save_pretrained(tmp_path / "out" / "compressor")
+    for folder in (tmp_path / "out", tmp_path / "out" / "compressor"):
+        assert parse(str(folder)).describe() == branch.describe()
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [("pool", "low-resolution"), ("mean-pool:kernel=3", "kernel"), ("mean-pool:carry=x", "projection")],
+)
+def test_a_compressor_nobody_knows_is_refused_in_one_line(spec, word, tmp_path):
+    with pytest.raises(LongtakeError, match=word) as told:
+        parse(spec)
+    assert "\n" not in str(told.value)
+    with pytest.raises(LongtakeError, match="holds no compressor"):
+        parse(str(tmp_path))
+
+
+def test_a_model_folder_brings_its_compressor(tmp_path):
+    from .tiny_checkpoints import write_base
+
+    folder = write_base(tmp_path / "wan")
+    wan = json.loads((folder / "transformer" / "config.json").read_text())
+    width = wan["num_attention_heads"] * wan["attention_head_dim"]
+    assert isinstance(load(folder, device="cpu", causal=True).compressor, LowResolution)
+    branch = DualBranch.sized(wan["in_channels"], width, low="latents")
+    branch.save_pretrained(folder / "compressor")
+    assert load(folder, device="cpu", causal=True).compressor.describe() == branch.describe()
 
 
 # --- a take with compressed history -----------------------------------------------------------------------------------

@@ -200,10 +200,10 @@ def test_an_adapter_is_saved_in_names_that_convert_merges(tmp_path):
     weight = lambda t: Weight(t.shape, lambda: t)
     stored = {k: weight(v) for k, v in load_file(tmp_path / "lora.safetensors").items()}
     merged = merge_lora(stored, {k: weight(v) for k, v in whole.items()}, 1.0, tmp_path / "lora.safetensors")
-    assert len(merged) == len(adapter.names) == 8
+    assert len(merged) == len(adapter.placed) == 8
     x = torch.randn(1, 3, 24)
     name = "blocks.0.attn1.to_q"
-    ours = adapter.layers[adapter.names.index(name)](x)
+    ours = adapter.placed[name](x)
     theirs = torch.nn.functional.linear(x, merged[f"{name}.weight"].read(), whole[f"{name}.bias"])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -254,6 +254,44 @@ def test_a_score_model_of_another_kind_is_refused(tmp_path):
         Trainer(host_of(), recipe(real=tmp_path), text(1))
     with pytest.raises(LongtakeError, match="cannot be loaded"):
         Trainer(host_of(), recipe(real=tmp_path / "nothing"), text(1))
+
+
+def test_the_command_trains_and_generate_uses_the_result(tmp_path):
+    from typer.testing import CliRunner
+
+    from longtake.cli import app
+
+    told = CliRunner().invoke(app, [
+        "train", "compressor", "--out", str(tmp_path / "c"), "--minutes", "0.25", "--batch", "1", "--chunks", "4",
+        "--policy", "packforcing:sink=1,recent=1", "--low", "latents", "--json",
+    ])  # fmt: skip
+    assert told.exit_code == 0, told.output
+    facts = json.loads(told.stdout)
+    assert facts["steps"] > 0 and facts["held_out_distillation"]["low_resolution_alone"] > 0
+    made = CliRunner().invoke(app, [
+        "generate", "a red ball at night", "-o", str(tmp_path / "v.mp4"), "--chunks", "5", "--json",
+        "--policy", "packforcing:sink=1,recent=1", "--compressor", str(tmp_path / "c"),
+    ])  # fmt: skip
+    assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--minutes", "0"], "--minutes"),
+        (["--fake-score", "x"], "--real-score"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--chunks", "1"], "--chunks"),
+        (["--rate", "-1"], "--rate"),
+    ],
+)
+def test_a_wrong_option_of_the_command_is_one_line(options, word, tmp_path):
+    from typer.testing import CliRunner
+
+    from longtake.cli import app
+
+    told = CliRunner().invoke(app, ["train", "compressor", "--out", str(tmp_path / "c"), *options])
+    assert told.exit_code == 2 and word in told.output
 
 
 def test_the_schedule_of_training_is_the_model_s_own():

@@ -16,6 +16,7 @@ from . import options, shell
 from .take import report_text, roll, say_prompt
 
 if TYPE_CHECKING:
+    from ..compressors import Compressor
     from ..geometry import Geometry
     from ..hosts.base import Host
     from ..policies import KVPolicy
@@ -28,6 +29,7 @@ def generate(
     prompt: options.Prompt = None,
     model: options.Model = None,
     policy: options.Policy = None,
+    compressor: options.CompressorSpec = None,
     reuse: options.Reuse = "none",
     reuse_log: options.ReuseLog = None,
     size: options.Size = None,
@@ -93,6 +95,7 @@ def generate(
     budget = None if memory is None else shell.parse_bytes(memory)
     shell.check_threads(threads)
 
+    from ..compressors import parse as parse_compressor
     from ..hosts.convert import FAMILIES
     from ..hosts.wan import TEXT_ENCODER_FATES
     from ..policies import parse
@@ -104,6 +107,7 @@ def generate(
     shell.check_choice(family, "--family", FAMILIES)
     shell.check_choice(text_encoder, "--text-encoder", TEXT_ENCODER_FATES)
     kv_policy = None if policy is None else parse(policy)
+    made_by = None if compressor is None else parse_compressor(compressor)
     reuse_policy = parse_reuse(reuse)
     shell.check_device(device)
     if image is not None:
@@ -128,7 +132,7 @@ def generate(
         # once the session stands there is no text encoder any more
         embeds = {text: host.encode_prompt([text]) for text in later} if text_encoder == "free" else {}
         if resume is not None:
-            take = restored(resume, host, kv_policy)
+            take = restored(resume, host, kv_policy, made_by)
             if prompt is not None:
                 say_prompt(take, prompt, embeds)
         else:
@@ -143,7 +147,8 @@ def generate(
                 chunks = geometry.chunks(seconds, given=0 if image is None else 1)
             say_plan(chunks, geometry, kv_policy)  # before the session, which takes its memory at once
             take = Session(
-                host, kv_policy, reuse=reuse_policy, prompt=prompt, negative_prompt=negative, seed=seed or 0,
+                host, kv_policy, reuse=reuse_policy, compressor=made_by,
+                prompt=prompt, negative_prompt=negative, seed=seed or 0,
                 image=None if image is None else first_frame(image, geometry.height, geometry.width),
                 height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                 sampler=compatible(host, compat, steps), residency=residency or "resident",
@@ -263,12 +268,12 @@ def first_frame(path: Path, height: int, width: int) -> Any:
     return torch.from_numpy(read_image(path, (height, width))).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def restored(path: Path, host: Host, policy: KVPolicy | None) -> Session:
+def restored(path: Path, host: Host, policy: KVPolicy | None, compressor: Compressor | None = None) -> Session:
     """The snapshot's session, provided that it fits the model and the policy."""
     from ..session import Session
 
     try:
-        return Session.restore(path, host, policy)
+        return Session.restore(path, host, policy, compressor=compressor)
     except (LongtakeError, RuntimeError, KeyError, IndexError) as error:
         if str(path) in str(error):
             raise

@@ -5,8 +5,9 @@ from .dual_branch import DualBranch
 from .encoding import StreamingEncoder
 from .low_resolution import LowResolution
 from .mean_pool import MeanPool
+from .naming import parse
 
 __all__ = [
     "CARRIES", "POSITIONS", "STRIDE", "Compressor", "DualBranch", "Embedder", "LowResolution", "MeanPool",
-    "StreamingEncoder", "TakeState",
+    "StreamingEncoder", "TakeState", "parse",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Compressor(ABC):
     of the mean of the covered unit phasors, which for stretches of up to six positions is their exact centre.
     """
 
+    name: ClassVar[str] = ""  # for the command line; trained ones go by their folder
     carry: str = "blocks"
     where: str = "midpoint"  # one of POSITIONS
     wants_pixels: bool = False  # whether `compress` needs the decoded frames

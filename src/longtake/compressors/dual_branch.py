@@ -31,7 +31,7 @@ STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
 LOWS = ("pixels", "latents")
 
 
-class DualBranch(ModelMixin, ConfigMixin, Compressor):  # type: ignore[misc]
+class DualBranch(ModelMixin, ConfigMixin, Compressor):
     """The trained compressor; saved and loaded as a diffusers model folder.
 
     Args:
@@ -66,8 +66,8 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):  # type: ignore[misc]
             for a, b, stride in zip(sizes, sizes[1:], STRIDES, strict=False)
         )
         self.proj_out = nn.Conv3d(sizes[-1], width, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
     def sized(cls, latent_channels: int, width: int, **settings: Any) -> DualBranch:

@@ -8,6 +8,7 @@ the take decodes anyway; the encoder's state goes with the take.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +27,8 @@ class LowResolution(Compressor):
     where: str = "midpoint"
     streaming: bool = True
 
-    wants_pixels = True
+    name: ClassVar[str] = "low-resolution"
+    wants_pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(self.carry, self.where)
@@ -58,4 +60,4 @@ def shrunk(pixels: Tensor, grid: tuple[int, int, int], geometry: Geometry, first
         sizes.append(min(side, small * factor))
     frames = (grid[0] - 1) * geometry.stride[0] + 1 if first else grid[0] * geometry.stride[0]
     video = pixels[:, :, : sizes[0], : sizes[1]].permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
-    return functional.adaptive_avg_pool3d(video, (frames, *pooled))
+    return functional.adaptive_avg_pool3d(video, (frames, pooled[0], pooled[1]))

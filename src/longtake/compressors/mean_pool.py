@@ -7,6 +7,7 @@ low-resolution branch (`DualBranch`) does through pixels is closer to what the m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -21,6 +22,8 @@ class MeanPool(Compressor):
 
     carry: str = "blocks"
     where: str = "midpoint"
+
+    name: ClassVar[str] = "mean-pool"
 
     def __post_init__(self) -> None:
         check_settings(self.carry, self.where)

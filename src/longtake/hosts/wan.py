@@ -209,7 +209,7 @@ class CausalWan(Host):
         with self.bound(text, layers):
             return self.through(tokens, timestep)
 
-    def project(self, tokens: Tensor, layers: list[LayerView]) -> Tensor:
+    def project(self, tokens: Tensor, layers: list[Any]) -> Tensor:
         tokens = tokens.to(self.device, self.dtype)
         for block, view in zip(self.transformer.blocks, layers, strict=True):
             _, k, v = _project(block.attn1, tokens)

@@ -33,26 +33,25 @@ class Adapter(nn.Module):
 
     def __init__(self, transformer: Any, rank: int) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self.layers = nn.ModuleList()
+        self.placed: dict[str, LowRank] = {}
         for i, block in enumerate(transformer.blocks):
             for name in LAYERS:
                 parent, _, leaf = f"attn1.{name}".rpartition(".")
                 owner = block.get_submodule(parent)
                 layer = LowRank(owner.get_submodule(leaf), rank)
                 owner.register_module(leaf, layer)
-                self.names.append(f"blocks.{i}.attn1.{name}")
-                self.layers.append(layer)
+                self.placed[f"blocks.{i}.attn1.{name}"] = layer
+        self.layers = nn.ModuleList(self.placed.values())
 
     def switch(self, on: bool) -> None:
         """Turn every adapter on or off."""
-        for layer in self.layers:
+        for layer in self.placed.values():
             layer.off = not on
 
     def save(self, path: Path) -> None:
         """Write peft's names, as `longtake convert --lora` reads them."""
         tensors = {}
-        for name, layer in zip(self.names, self.layers, strict=True):
+        for name, layer in self.placed.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = layer.down.detach().cpu().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = layer.up.detach().cpu().contiguous()
         save_file(tensors, path)

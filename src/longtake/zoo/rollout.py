@@ -120,7 +120,7 @@ class Rollout:
     def _compress(self, x0: Tensor) -> Tensor:
         assert self.compressor is not None
         pixels = None if self.decoder is None else self.decoder.push(x0)
-        tokens, self.state = self.compressor.compress(x0, pixels, self.state, self.host, self.geometry)  # type: ignore[arg-type]
+        tokens, self.state = self.compressor.compress(x0, pixels, self.state, self.host, self.geometry)
         return tokens
 
     def _hold(self, form: str, layers: list[_Layer], base: Tensor, step: Tensor) -> None:
