@@ -15,8 +15,8 @@ from longtake.history import History
 from longtake.hosts.magi.host import MagiHost, host_config
 from longtake.hosts.magi.schedule import MagiSettings
 from longtake.plan import FULL, HistoryShape
-from longtake.policies import FullHistory, KVPolicy, KVRange
-from longtake.reuse import NoReuse, ReusePolicy, ReuseRun
+from longtake.policies import FlowCacheKV, FullHistory, KVPolicy, KVRange
+from longtake.reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun
 from longtake.samplers.magi import MagiStaggered
 from longtake.samplers.staggered import Finished, Stagger
 
@@ -92,10 +92,11 @@ def take(
     geometry = replace(
         host.geometry(8 * height, 8 * width), channels=channels, chunk_frames=frames, patch=(1, patch, patch)
     )
-    policy = policy or FullHistory()
     shape = HistoryShape(
-        host.layers, host.kv_heads, host.head_dim, 4, geometry.tokens_per_frame, frames, batch=len(noise), frames=total
-    )
+        host.layers, host.kv_heads, host.head_dim, 4, geometry.tokens_per_frame, frames, batch=len(noise), frames=total,
+        live_chunks=min(host.settings.window_size, -(-total // frames)),
+    )  # fmt: skip
+    policy = (policy or FullHistory()).settle(shape)
     rows = policy.capacity(shape) if capacity is None else capacity
     history = History(
         shape, host.rotary, capacity=rows, residency=residency,
@@ -191,3 +192,77 @@ def test_the_history_ends_with_the_authors_cache(stored: tuple, key: str) -> Non
     for layer in range(2):
         rows = rotated(result, layer)[:past]
         torch.testing.assert_close(rows, want[f"{key}/kv_cache_layer{layer}"][:past], rtol=0, atol=1e-4)
+
+
+# --- FlowCache's loop: reuse and compression, chunks adopted as their last step left them ---------------------------
+
+LOOPS = [
+    "off", "on", "on_low", "off_keep_nearly_clean", "compress_B5_token_chunk", "compress_B5_on",
+    "compress_B6_frame_frame_on",
+]  # fmt: skip
+COMPUTED, REUSED = 1, 2
+
+
+@pytest.fixture(scope="module")
+def loops() -> tuple[dict[str, Tensor], dict]:
+    return golden("magi_tiny_flowcache_loop")
+
+
+def flowcache_take(loops: tuple, key: str, residency: str, carry: str = "update", sort: bool = False) -> Take:
+    tensors, meta = loops
+    config = meta["config"]
+    run = next(run for run in meta["runs"] if run["key"] == key)
+    settings = MagiSettings.of({
+        **config, "num_steps": run["num_steps"], "window_size": run["window"], "special_tokens": (),
+        "nearly_clean": not run["discard_nearly_clean"],
+    })  # fmt: skip
+    host = MagiHost(
+        golden_model(tensors, config), settings, replace(host_config(settings), chunk_frames=config["cw"])
+    )
+    y, mask = (tensors[f"{run['inputs']}/{name}"] for name in ("y", "text_mask"))
+    policy: KVPolicy = FullHistory()
+    if run["compress"]:
+        policy = FlowCacheKV(
+            run["B_total"], run["mix_lambda"], run["strategy"], asking=run["query_granularity"], sort=sort
+        )
+    reuse = FlowCacheReuse(run["threshold"], "latent", carry, run["warmup"], "take", "identity")
+    return take(
+        host, tensors[f"{run['inputs']}/noise"], y[:1, 0][:, mask[0, 0].bool()], policy=policy, reuse=reuse,
+        commit="adopt", residency=residency,
+    )  # fmt: skip
+
+
+def walked(taken: Take, noise: Tensor) -> Tensor:
+    """The latents [step, C, F, h, w] of the whole video after every row."""
+    frames, after = taken.sampler.geometry.chunk_frames, []
+    x = list(noise.split(frames, 2))
+    while not taken.finished or len(taken.finished) < len(x):
+        taken.sampler._row(Clock())
+        for chunk in taken.sampler.live:
+            x[chunk.chunk] = chunk.x
+        while taken.sampler.done:
+            taken.finished.append(taken.sampler.done[0])
+            taken.sampler.pop()
+            x[taken.finished[-1].chunk] = taken.finished[-1].latents
+        after.append(torch.cat(x, 2)[0])
+    return torch.stack(after)
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+@pytest.mark.parametrize("key", LOOPS)
+def test_the_flowcache_loop_is_the_authors(loops: tuple, key: str, residency: str) -> None:
+    tensors, meta = loops
+    run = next(run for run in meta["runs"] if run["key"] == key)
+    taken = flowcache_take(loops, key, residency)
+    latents = walked(taken, tensors[f"{run['inputs']}/noise"])
+    decision, accumulator = (tensors[f"{key}/{name}"].clone() for name in ("decision", "accumulator"))
+    for chunk in taken.finished:
+        for d in chunk.decisions:
+            row = chunk.chunk * run["num_steps"] // run["window"] + d.index
+            assert decision[row, chunk.chunk] == (REUSED if d.reused else COMPUTED)
+            assert d.accumulator == pytest.approx(accumulator[row, chunk.chunk].item(), abs=2e-6)
+    assert sum(len(chunk.decisions) for chunk in taken.finished) == int((decision > 0).sum())
+    torch.testing.assert_close(latents, tensors[f"{key}/latents_after_step"], rtol=0, atol=1e-4)
+    if run["compress"]:
+        rows = rotated(taken, 0)
+        torch.testing.assert_close(rows, tensors[f"{key}/kv_cache_layer0"], rtol=0, atol=1e-4)

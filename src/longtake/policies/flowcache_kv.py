@@ -89,14 +89,13 @@ class FlowCacheKV(KVPolicy):
         ahead = blocks + list(table.live[: max(0, len(table.live) - (self.live or 1) + 1)])
         full = count(table.blocks) - count(anchors) + count(table.live) + chunk > most
         observe = tuple(block.id for block in ahead) if full else ()
-        if past <= most - flight:
+        room = most - count(table.live)
+        # fewer are in flight at the end of a take, and while a given past waits for its first look
+        if past <= (room if any(signals.scores.values()) else most - flight):
             return Plan(whole, observe=observe)
         scores = self._usable(signals.scores, past)
         if scores is None:  # a given past, that no step has looked at yet
             return Plan((*shown, self._fuse(ids, past, most - flight, chunk, None)), observe=observe)
-        room = most - count(table.live)
-        if past <= room:
-            return Plan(whole, observe=observe)
         return Plan((*shown, self._fuse(ids, past, room, chunk, scores)), observe=observe)
 
     def _fuse(self, ids: tuple[int, ...], past: int, n: int, chunk: int, scores: Mapping[str, Tensor] | None) -> Fuse:
