@@ -47,8 +47,8 @@ def train(
 ) -> dict[str, object]:
     """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says.
 
-    `minutes` are the budgets of "vae", "decoder", "many" and "few". With `begin`, the folder of a finished training, its
-    autoencoder and its stage "many" are taken, and only "few" is trained.
+    `minutes` are the budgets of "vae", "decoder", "many" and "few". With `begin`, the folder of a finished training,
+    its autoencoder and its stage "many" are taken, and only "few" is trained.
     """
     work, begun = out / "work", time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def train(
             vae = AutoencoderKLWan.from_pretrained(begin / "vae", torch_dtype=torch.float32, local_files_only=True)
             start = next(iter((begin / "work").glob("*-many.pt")))
         except (OSError, ValueError, StopIteration) as error:
-            raise LongtakeError(f"{begin} is no finished training: give the --out of `longtake train tiny-wan`") from error
+            raise LongtakeError(f"{begin} is no finished training: give an --out of `longtake train`") from error
         vae.to(device).requires_grad_(False)
     transformer, encoder, tokens = tiny_transformer.train(
         work, vae, variant, "few", minutes["few"], *common, start=start
