@@ -43,11 +43,13 @@ def golden_host(tensors: dict[str, Tensor], meta: dict[str, Any]) -> SkyReels:
     return SkyReels(model.eval(), settings, name="golden")
 
 
-def tiny_transformer(seed: int = 0, fps: bool = True, layers: int = 2) -> SkyReelsV2Transformer3DModel:
+def tiny_transformer(
+    seed: int = 0, fps: bool = True, layers: int = 2, text_dim: int = 10
+) -> SkyReelsV2Transformer3DModel:
     """A random transformer in which no parameter has the value it is initialised with."""
     torch.manual_seed(seed)
     model = SkyReelsV2Transformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=text_dim, freq_dim=16,
         ffn_dim=32, num_layers=layers, inject_sample_info=fps,
     )  # fmt: skip
     with torch.no_grad():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 # names → module: `import longtake` stays cheap, torch and diffusers load with the first name that needs them
 _HOME = {
     "Session": "session", "generate": "session", "Chunk": "chunk", "ChunkStats": "chunk",
-    "enable": "enable", "Stagger": "samplers.staggered",
+    "enable": "enabling", "Stagger": "samplers.staggered",
+    "MaskedSampler": "samplers.masked",
     "load": "hosts.loading", "Geometry": "geometry", "Mp4Writer": "video", "read_image": "video",
     "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies", "PackCache": "policies",
     "FlowCacheKV": "policies",
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .chunk import Chunk, ChunkStats
-    from .enable import enable
+    from .enabling import enable
     from .errors import LongtakeError, NonFiniteError, PlanError
     from .geometry import Geometry
     from .hosts.loading import load
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         Uniform,
     )
     from .reuse import FlowCacheReuse, NoReuse, ReplayReuse, ReusePolicy, TeaCacheReuse
+    from .samplers.masked import MaskedSampler
     from .samplers.staggered import Stagger
     from .session import Session, generate
     from .video import Mp4Writer, read_image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..errors import LongtakeError
 from .base import CONFIG_NAME, Host, HostConfig
 from .convert import FAMILIES
 from .lumos import loading as lumos
+from .skyreels import SkyReels, diffusion_forcing, settings
 from .wan import TEXT_ENCODER_FATES, CausalWan
 
 # diffusers-format conversions of causal checkpoints on the Hub, which carry no longtake.json
@@ -76,7 +78,7 @@ def load(
             raise LongtakeError(
                 f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id"
             )
-        if causal is None and name not in KNOWN_CAUSAL:
+        if causal is None and name not in KNOWN_CAUSAL and not diffusion_forcing(name):
             raise LongtakeError(
                 f"there is no folder {name}, and as a Hub id it is not known to be causal, so nothing was fetched: "
                 f"check the path, use {' or '.join(KNOWN_CAUSAL)}, or say causal=True (--causal) to fetch it"
@@ -93,6 +95,8 @@ def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostCo
         config = HostConfig.read(folder)
         if config.causal:
             return config
+    if folder is not None and diffusion_forcing(folder):
+        return settings(name, json.loads((folder / "transformer" / "config.json").read_text()))
     family = KNOWN_CAUSAL.get(name) if causal is None else ("self-forcing" if causal is True else causal)
     if not family:
         if folder is not None and not (folder / "model_index.json").exists() and not (folder / "transformer").is_dir():
@@ -110,20 +114,22 @@ def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostCo
 def _from_folder(
     folder: Path, config: HostConfig, name: str, device: torch.device, dtype: torch.dtype, after_encoding: str
 ) -> Host:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     from ..compressors import DualBranch
 
     if after_encoding not in TEXT_ENCODER_FATES:
         raise LongtakeError(f"text_encoder={after_encoding!r}: use one of {', '.join(TEXT_ENCODER_FATES)}")
-    if config.host != "wan":
-        raise LongtakeError(f"{name}: host {config.host!r} is not known to this version; known: wan")
+    kinds = {"wan": (WanTransformer3DModel, CausalWan), "skyreels": (SkyReelsV2Transformer3DModel, SkyReels)}
+    if config.host not in kinds:
+        raise LongtakeError(f"{name}: host {config.host!r} is not known to this version; known: {', '.join(kinds)}")
+    network, kind = kinds[config.host]
     if not (folder / "transformer").is_dir():
         raise LongtakeError(f"{folder} has no transformer/: a model folder in diffusers format is needed")
     try:
         options: dict[str, Any] = {"local_files_only": True}
-        transformer, report = WanTransformer3DModel.from_pretrained(
+        transformer, report = network.from_pretrained(
             folder, subfolder="transformer", torch_dtype=dtype, output_loading_info=True, **options
         )
         if absent := report["missing_keys"]:  # diffusers would go on with random values in their place
@@ -146,7 +152,7 @@ def _from_folder(
     for part in (vae, compressor):
         if part is not None:
             part.to(device)
-    return CausalWan(
+    return kind(
         transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
         after_encoding=after_encoding, compressor=compressor,
     )  # fmt: skip
@@ -154,22 +160,24 @@ def _from_folder(
 
 def _from_pipeline(pipe: Any, causal: bool | str | None) -> Host:
     kind = type(pipe.transformer).__name__
-    if kind != "WanTransformer3DModel":
-        raise LongtakeError(f"a pipeline with a {kind} is not supported: give one with a WanTransformer3DModel")
+    hosts = {"WanTransformer3DModel": CausalWan, "SkyReelsV2Transformer3DModel": SkyReels}
+    if kind not in hosts:
+        raise LongtakeError(f"a pipeline with a {kind} is not supported: give one with a {' or a '.join(hosts)}")
     if getattr(pipe, "transformer_2", None) is not None:
         raise LongtakeError(
             "a pipeline with two transformers (Wan2.2 A14B) is not supported: give one with a single one"
         )
     name = str(getattr(pipe.config, "_name_or_path", None) or getattr(pipe, "_name_or_path", "") or type(pipe).__name__)
     folder = Path(name) if Path(name).is_dir() else None
-    config = _config(name, folder, causal)
+    sky = kind == "SkyReelsV2Transformer3DModel"
+    config = settings(name, dict(pipe.transformer.config)) if sky else _config(name, folder, causal)
     for block in pipe.transformer.blocks:
         if hasattr(block.attn1.processor, "view"):
             raise LongtakeError(
                 "this pipeline's transformer already belongs to a session's host: share that host, or release it"
             )
     pipe.transformer.eval()
-    return CausalWan(
+    return hosts[kind](
         pipe.transformer, config, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, name=name
     )
 

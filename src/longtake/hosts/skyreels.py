@@ -7,8 +7,10 @@ parts are run in the module's order, self-attention goes through a LayerView, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,38 @@ from torch import Tensor
 
 from ..errors import LongtakeError
 from ..history import LayerView
-from .base import TextState
+from .base import HostConfig, TextState
 from .reusable import latent_feature, timestep_feature
 from .wan import CausalWan
 
 # Without a shift, a chunk's noise starts at this level; with one, the first timestep is 999 of 1000.
 FIRST_LEVEL = 0.999
+REPOSITORY = "Skywork/SkyReels-V2-DF-"
+SMALL_LAYERS = 30  # of the 1.3B model; the 14B one has 40
 FPS_ROWS = {16: 0}  # the frame-rate embedding has two rows: 16 frames a second, and anything else
+
+
+def diffusion_forcing(source: str | Path) -> bool:
+    """Whether a Hub id, or the model_index.json of a folder, is that of a SkyReels-V2 diffusion-forcing pipeline."""
+    if isinstance(source, str):
+        return source.startswith(REPOSITORY) and source.endswith("-Diffusers")
+    try:
+        index = json.loads((source / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and str(index.get("_class_name")).startswith("SkyReelsV2DiffusionForcing")
+
+
+def settings(name: str, transformer: Mapping[str, Any]) -> HostConfig:
+    """How a published model is run: chunks of 5 latent frames, windows of 97 pixel frames (121 for 720P) that overlap
+    by 17, shift 8, guidance 6. `transformer` is its configuration."""
+    large = "720p" in name.lower()
+    height, width = (720, 1280) if large else (544, 960)
+    return HostConfig(
+        host="skyreels", causal=True, chunk_frames=5, shift=8.0, guidance_scale=6.0, fps=24, height=height, width=width,
+        training_frames=31 if large else 25, sampler="staggered", steps=50, lag=5, overlap=5, condition_noise=20.0,
+        reuse="skyreels" if transformer.get("num_layers", 30) <= SMALL_LAYERS else "skyreels-14b",
+    )  # fmt: skip
 
 
 class SkyReels(CausalWan):
