@@ -28,7 +28,7 @@ class LowResolution(Compressor):
     streaming: bool = True
 
     name: ClassVar[str] = "low-resolution"
-    wants_pixels: ClassVar[bool] = True
+    wants_pixels = True
 
     def __post_init__(self) -> None:
         check_settings(self.carry, self.where)
