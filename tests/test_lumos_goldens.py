@@ -10,7 +10,9 @@ from torch import Tensor
 
 from longtake import FullHistory, Session
 from longtake.hosts.lumos import Lumos, LumosGeometry, Vocabulary
-from longtake.hosts.lumos.sequence import frame_ids, frame_positions, text_positions
+from longtake.hosts.lumos.host import PromptLayer
+from longtake.hosts.lumos.sequence import FIXED, MASKED, frame_ids, frame_positions, text_positions
+from longtake.plan import Entry, Plan
 from longtake.samplers.masked import history_pattern
 
 from .lumos import (
@@ -58,7 +60,7 @@ def take(model, task: str, mode: str, policy=None, **options) -> Session:
 def returned(task: str, frames: list[Tensor]) -> list[int]:
     """What the original program returns: header, frames, and the end of the video."""
     shown = [given_codes()] * (task == "i2v") + frames
-    ids = [frame_ids(torch.nn.functional.pad(x, (0, 1), value=-2), GEOMETRY, WORDS) for x in shown]
+    ids = [frame_ids(content(x), GEOMETRY, WORDS) for x in shown]
     return [*HEADER, *torch.cat(ids, 1)[0].tolist(), 9005]
 
 
@@ -92,6 +94,10 @@ def test_the_rotary_table_gives_the_original_rotation(golden, model):
     assert (phases[..., 1] - golden["outputs/rope_sin"]).abs().max() < 3e-5
 
 
+def content(codes: Tensor) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, 1), value=FIXED)
+
+
 @pytest.mark.parametrize("residency", ["resident", "scratch"])
 def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, residency):
     """Text, then the visible frame, then a masked one, none of them under a mask."""
@@ -99,32 +105,50 @@ def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, r
     session = Session(
         here, FullHistory(), prompt_embeds=torch.tensor([PROMPT]), image=IMAGE, decode=False, residency=residency,
     )  # fmt: skip
-    columns = golden["inputs/logit_columns"]
+    columns, rows = golden["inputs/logit_columns"], golden["inputs/logit_rows"]
+    masked = content(torch.full((1, 1, 1, *GEOMETRY.latent_size), MASKED))
+    frames = [frame_ids(x, GEOMETRY, here.words) for x in (content(given_codes()), masked)]
+    assert torch.equal(torch.cat([torch.tensor([PROMPT]), *frames], 1)[0], golden["inputs/ids"])
+
+    # what the session did: the prompt by itself, the given frame behind it; and now a frame that is not kept yet
+    layers = [PromptLayer(here.rotary, here.rotary.phases(text_positions(len(PROMPT))[0])) for _ in range(here.layers)]
+    hidden = [model(torch.tensor([PROMPT]), layers, causal=True)]
+    given = session.history.table().blocks[-1].id
+    session.history.reopen(given)
+    session.history.apply(Plan((Entry(0),)))
+    hidden.append(model(frames[0], session.history.layers("cond", given, write=True)))
+    session.history.commit(given)
     block = session._admit(1)
-    masked = torch.nn.functional.pad(torch.full((1, 1, 1, *GEOMETRY.latent_size), -1), (0, 1), value=-2)
-    session.history.layers("cond", block)  # a pass that leaves no trace
+    hidden.append(model(frames[1], session.history.layers("cond", block)))
+    logits = model.logits(torch.cat(hidden, 1)[0])
+    torch.testing.assert_close(logits[rows][:, columns], golden["outputs/logits"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(logits.abs().double().mean(), golden["outputs/logits_sum_absmean"][1], rtol=1e-6, atol=0)
+    assert torch.equal(logits.argmax(-1), golden["outputs/argmax_all_rows"])
+
+    # a pass that writes nothing leaves no trace in the next one
+    decode = model.logits(model(golden["inputs/decode_ids"][None], session.history.layers("cond", block))[0])
+    picked = decode[golden["inputs/decode_rows"]][:, columns]
+    torch.testing.assert_close(picked, golden["outputs/decode_logits"], rtol=0, atol=5e-5)
+    assert torch.equal(decode[:, 65_536:65_600].argmax(-1), golden["outputs/decode_argmax_visual"])
+
     hidden = here.forward(masked, 0.0, session._streams["cond"].text, session.history.layers("cond", block, write=True))
     session.history.commit(block)
     visual = here.logits(hidden.unflatten(1, GEOMETRY.grid)[:, :, :-1].flatten(1, 2))[0]
     torch.testing.assert_close(visual, golden["outputs/visual_logits_last_frame"], rtol=0, atol=5e-5)
-    rows = golden["inputs/logit_rows"]
-    last = rows[(rows >= len(PROMPT) + N + 3) & (rows < len(PROMPT) + 2 * N - 1)]
-    at = torch.isin(rows, last)
-    scores = model.logits(hidden[0, last - len(PROMPT) - N - 3])
-    torch.testing.assert_close(scores[:, columns], golden["outputs/logits"][at], rtol=0, atol=5e-5)
-
     store = session.history.stores["cond"]
     held = torch.cat([store.held[(b.id, "full")].rows for b in session.history.table().blocks])
     for layer in range(here.layers):
         kept = here.rotary.rotate(store.k[layer][:, held], here.rotary.phases(store.base[held]))
         torch.testing.assert_close(kept[0].transpose(0, 1), golden[f"outputs/cache_layer{layer}_k"], rtol=0, atol=5e-5)
-    torch.testing.assert_close(
-        store.v[1][0, held].transpose(0, 1), golden["outputs/cache_layer1_v"], rtol=0, atol=5e-5
-    )
-    assert torch.equal(golden["inputs/ids"], torch.cat([
-        torch.tensor(PROMPT), *(frame_ids(x, GEOMETRY, here.words)[0] for x in (
-            torch.nn.functional.pad(given_codes(), (0, 1), value=-2), masked)),
-    ]))  # fmt: skip
+    values = store.v[1][0, held].transpose(0, 1)
+    torch.testing.assert_close(values, golden["outputs/cache_layer1_v"], rtol=0, atol=5e-5)
+
+
+def test_a_causal_pass_with_a_past_is_refused(model):
+    session = take(model, "i2v", "argmax")
+    layers = session.history.layers("cond", session._admit(1))
+    with pytest.raises(RuntimeError, match=f"causal pass of {N} tokens sees {len(PROMPT) + N} before it"):
+        model(torch.full((1, N), 9003), layers, causal=True)
 
 
 def test_the_history_mask_is_spread_as_the_original_spreads_it():

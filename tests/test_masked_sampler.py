@@ -225,3 +225,10 @@ def test_steps_of_a_take_replace_the_models_own():
     fed = Fed(session.host)
     next(session)
     assert len(fed.content) == 2 * (2 + 1)
+
+
+def test_a_host_that_draws_no_codes_is_told_so():
+    from .tiny import text, tiny_wan
+
+    with pytest.raises(LongtakeError, match="draws no codes: a masked sampler is for Lumos-1 models"):
+        next(Session(tiny_wan(), FullHistory(), prompt_embeds=text(), sampler=MaskedSampler(), decode=False))

@@ -189,8 +189,9 @@ def restore(
         session._ahead = tensors["ahead/latents"].to(host.device), tensors["ahead/frames"]
     for stream_name, stream in session._streams.items():
         start = description.get("starts", {}).get(stream_name, 0)
-        in_history = host.prefix(stream.text) is not None and bool(description["history"]["blocks"])
-        stream.text = replace(stream.text, start=start, **({"k": [], "v": []} if in_history else {}))
+        stream.text = replace(stream.text, start=start)
+        if host.prefix(stream.text) is not None and description["history"]["blocks"]:
+            stream.text = replace(stream.text, k=[], v=[])  # the history has them
     session._prompt, session._negative = description["prompt"], description["negative"]
     session.lockstep = description["lockstep"]
     session.frame, session.index = description["frame"], description["index"]

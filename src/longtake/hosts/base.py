@@ -253,6 +253,12 @@ class Host(ABC):
         """Under which name reuse thresholds are kept for this model (`longtake.reuse.PRESETS`)."""
         return self.config.reuse or self.config.host
 
+    codes: int = 0  # how many there are, where a host draws codes instead of denoising latents
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [..., codes] of hidden states [..., d] that `forward` gave."""
+        raise LongtakeError(f"{self.name} draws no codes: leave the sampler to the model")
+
     @abstractmethod
     def decoder(self) -> Decoder: ...
 

@@ -72,6 +72,8 @@ class MaskedSampler(Sampler):
 
     def sample(self, chunk: Sampling) -> Tensor:
         """Codes [B, 1, 1, h, w], int64; −1 where none could be drawn because the model's output is not finite."""
+        if not chunk.host.codes:
+            raise LongtakeError(f"{chunk.host.name} draws no codes: a masked sampler is for Lumos-1 models")
         height, width = chunk.geometry.latent_size
         cells = height * width
         codes = torch.full((chunk.batch, cells), MASKED, device=chunk.host.device)

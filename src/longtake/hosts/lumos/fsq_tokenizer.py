@@ -59,8 +59,8 @@ class Residual(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = FrameNorm(channels), FrameNorm(channels)
         self.conv1, self.conv2 = CausalConv(channels, channels), CausalConv(channels, channels)
-        nn.init.zeros_(self.conv2.conv.weight)  # the deep net begins almost linear
-        nn.init.zeros_(self.conv2.conv.bias)
+        for p in self.conv2.parameters():
+            nn.init.zeros_(p)  # the deep net begins almost linear
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)), cache)
@@ -123,7 +123,7 @@ class FrameDecoder(nn.Module):
         return x.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-class FSQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # untyped bases
+class FSQTokenizer(ModelMixin, ConfigMixin):
     """Pixels ↔ codes. `widths` are the channels at the three resolutions, `levels` those of the quantiser."""
 
     config_name = "config.json"
