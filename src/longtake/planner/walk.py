@@ -18,7 +18,7 @@ class Layout:
 
     tokens_per_frame: int
     grid: tuple[int, int]
-    structural: TokenSet = range(0)  # of one frame
+    structural: Sequence[int] = ()  # of one frame
     text: int = 0
 
 
@@ -45,9 +45,9 @@ def walk(policy: KVPolicy, layout: Layout, spans: Sequence[int], given: int = 0)
         live = _block(layout, number, frame, span, "anchor" if given and number == 1 else "committed")
         plan = policy.plan(BlockTable(tuple(blocks), (live,), frame), Signals(chunk=number - 1))
         for drop in plan.drops:
-            _drop(blocks, drop)
+            drop_tokens(blocks, drop)
         if not (given and number == 1):
-            seen = sum(_seen(policy, entry, blocks) for entry in plan.entries)
+            seen = sum(seen_tokens(policy, entry, blocks) for entry in plan.entries)
             yield Step(frame, span, seen, sum(form.count for b in blocks for form in b.forms.values()))
         blocks.append(live)
         frame += span
@@ -62,7 +62,8 @@ def _block(layout: Layout, number: int, frame: int, span: int, role: str) -> Blo
     return Block(number, role, frame, span, {FULL: Form(n * span)}, layout.grid, structural=structural)
 
 
-def _drop(blocks: list[Block], drop: Drop) -> None:
+def drop_tokens(blocks: list[Block], drop: Drop) -> None:
+    """Take what a plan drops out of a list of blocks."""
     at = next(i for i, b in enumerate(blocks) if b.id == drop.block)
     forms = dict(blocks[at].forms)
     form = forms.pop(drop.form)
@@ -74,7 +75,8 @@ def _drop(blocks: list[Block], drop: Drop) -> None:
         del blocks[at]
 
 
-def _seen(policy: KVPolicy, entry: object, blocks: list[Block]) -> int:
+def seen_tokens(policy: KVPolicy, entry: object, blocks: list[Block]) -> int:
+    """Tokens that an entry of a plan shows. Raises LongtakeError for one that only a model can resolve."""
     forms = {b.id: b.forms for b in blocks}
     if isinstance(entry, Entry):
         return forms[entry.block][entry.form].count if entry.tokens is None else len(entry.tokens)
