@@ -84,6 +84,12 @@ def load(
                 f"check the path, use {' or '.join(KNOWN_CAUSAL)}, or say causal=True (--causal) to fetch it"
             )
         folder = _download(name)
+    from .magi.files import is_magi, load_magi
+
+    if is_magi(folder):
+        if text_encoder not in TEXT_ENCODER_FATES:
+            raise LongtakeError(f"text_encoder={text_encoder!r}: use one of {', '.join(TEXT_ENCODER_FATES)}")
+        return load_magi(folder, name, device, dtype, text_encoder)
     config = _config(name, folder, causal)
     return _from_folder(folder, config, name, device, dtype, text_encoder)
 
