@@ -46,6 +46,7 @@ for command in (generate, demo, compare, convert, plan, models, policies):
 
 bench = typer.Typer(cls=Commands, help=bench_cli.HELP)
 bench.command("take")(guarded(bench_cli.take))
+bench.command("packcache")(guarded(bench_cli.packcache))
 bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
 app.add_typer(analyze, name="analyze")

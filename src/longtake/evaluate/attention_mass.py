@@ -166,7 +166,8 @@ def heat_rows(q: Tensor, k: Tensor, lengths: list[int], bins: int) -> tuple[np.n
     log-sum-exp first, then the probabilities."""
     keys = list(k.split(lengths, 1))
     lse = torch.stack([logits(q, part).logsumexp(-1) for part in keys]).logsumexp(0)  # [B, H, Nq]
-    columns, borders = [], []
+    columns: list[Tensor] = []
+    borders: list[int] = []
     for part, n in zip(keys, lengths, strict=True):
         borders.append(sum(c.shape[1] for c in columns))
         if not n:

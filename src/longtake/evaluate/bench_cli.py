@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +36,47 @@ def take(
     )  # fmt: skip
 
 
+def packcache(
+    shape: Annotated[
+        str, typer.Option(help="lumos-cpu, lumos-1-1b or lumos-1-3b (CUDA), or lumos-micro to try it.")
+    ] = "lumos-cpu",
+    frames: Annotated[str, typer.Option(help="Pixel frames to answer for, separated by commas.")] = "24,48,96,192",
+    policy: Annotated[str, typer.Option("--policy", "-p", help="The packed history.")] = "packcache",
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="mask-free or authors-like; may be repeated.", show_default="both")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps per latent frame; default the shape's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for packcache-DEVICE.json and .png.")] = Path("benchmarks"),
+    force: Annotated[bool, typer.Option("--force", help="Measure on a busy machine; the result is marked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default the shape's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the shape's own.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")] = None,
+) -> None:
+    """What a packed history saves on Lumos-1, against two ways of keeping all of it: mask-free, and as its authors
+    run it."""
+    try:
+        lengths = [int(n) for n in frames.split(",")]
+    except ValueError:
+        raise LongtakeError(f"--frames {frames!r}: give whole numbers separated by commas, e.g. 24,48") from None
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+
+    from ..policies import parse
+    from .bench_packcache import BASELINES, run
+
+    _hush()
+    with _bars() as progress:
+        report = run(
+            shape, frames=lengths, policy=parse(policy), baselines=baseline or BASELINES, steps=steps, device=device,
+            dtype=dtype, threads=threads, force=force, command=shlex.join(["longtake", *sys.argv[1:]]),
+            progress=progress,
+        )  # fmt: skip
+    written = report.write(out, f"packcache-{report.settings['device'].partition(':')[0]}")
+    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.text())
+    typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
+
+
 def table(
     report: Annotated[Path, typer.Argument(help="A JSON that `bench take` wrote.")] = Path("benchmarks/take-cpu.json"),
     into: Annotated[Path | None, typer.Option(help="A document to fill between its marks, e.g. README.md.")] = None,
@@ -59,15 +102,28 @@ def main(
     threads: int | None = None,
 ) -> None:  # fmt: skip
     """Run, write `take-DEVICE.json` and `.png` into `out`, and print the figures. Raises LongtakeError."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .bench_take import run
 
     _hush()
 
     if out.exists() and not out.is_dir():
         raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    with _bars() as progress:
+        report = run(
+            shape, chunks=chunks, pairs=pairs, device=device, dtype=dtype, threads=threads, force=force,
+            command=shlex.join(["longtake", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    written = report.write(out, f"take-{report.settings['device'].partition(':')[0]}")
+    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.text())
+    typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a benchmark, on stderr: call it with stage, done, of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
         tasks: dict[str, object] = {}
@@ -77,13 +133,7 @@ def main(
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
-        report = run(
-            shape, chunks=chunks, pairs=pairs, device=device, dtype=dtype, threads=threads, force=force,
-            command=shlex.join(["longtake", *sys.argv[1:]]), progress=progress,
-        )  # fmt: skip
-    written = report.write(out, f"take-{report.settings['device'].partition(':')[0]}")
-    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.text())
-    typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
+        yield progress
 
 
 def _hush() -> None:

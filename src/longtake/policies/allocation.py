@@ -33,7 +33,7 @@ def allocate(budget: int, owned: Sequence[int], weights: Sequence[Fraction]) -> 
         unit = left / sum(weights[i] for i in hungry)
         for i in hungry:
             shares[i] = min(Fraction(owned[i]), shares[i] + unit * weights[i])
-        left = total - sum(shares)
+        left = total - sum(shares, Fraction(0))
         hungry = [i for i in hungry if shares[i] < owned[i]]
     given = [int(share) for share in shares]
     rest = sorted((i for i in range(len(owned)) if given[i] < owned[i]), key=lambda i: (given[i] - shares[i], i))

@@ -166,7 +166,7 @@ class SlotPolicy(KVPolicy):
             content = as_tensor(intersect(owned, written))
             places = torch.searchsorted(as_tensor(written), content)
             anchor = block.role == "anchor" or number < self.leading
-            rest = difference(owned, content)
+            rest = as_tensor(difference(owned, content))
             frames.append(Frame(block, number, content, rest, places, len(written), anchor))
         return frames
 

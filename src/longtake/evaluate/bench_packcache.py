@@ -1,0 +1,304 @@
+"""`longtake bench packcache`: what a packed history saves on Lumos-1, against two ways of keeping all of it.
+
+One image-to-video take per arm, on the same random weights, prompt and image, frame by frame:
+
+    packcache       anchors and a packed history of constant size
+    mask-free       full history in a preallocated cache, no mask, no copy: what it costs when nothing is wasted
+    authors-like    full history as published code runs it: a dense float mask, concatenated caches (authors_like.py)
+
+A take of 49 latent frames begins with one of 13, so one run answers for every shorter length. Beside the measured
+ratios stand two predictions: FLOPs counted, and two bare forwards timed before the takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..errors import LongtakeError
+from ..history import LayerView
+from ..hosts.lumos import Lumos
+from ..policies import FullHistory, KVPolicy, PackCache
+from ..samplers.masked import MaskedSampler
+from ..session import Session
+from .authors_like import AuthorsLike
+from .bench_shapes import DTYPES
+from .lumos_shapes import SHAPES, LumosBench
+from .measure import rss_bytes
+from .packcache_report import ArmRun, PackReport, Ratio
+from .provenance import cpu_times, others_busy, provenance, refuse_if_busy
+
+Progress = Callable[[str, int, int], None]  # stage, done, of how many
+Bytes = tuple[int, int]  # of K/V in use, and of all that is allocated
+
+PIXEL_FRAMES = (24, 48, 96, 192)
+MASK_FREE, AUTHORS_LIKE = "mask-free", "authors-like"
+BASELINES = (MASK_FREE, AUTHORS_LIKE)
+CALIBRATION_RUNS = 5
+RSS_EVERY = 0.005  # seconds between two looks at resident memory
+GUIDANCE = 15.0
+
+
+def run(
+    shape: str | LumosBench = "lumos-cpu", *, frames: Sequence[int] = PIXEL_FRAMES, policy: KVPolicy | None = None,
+    baselines: Sequence[str] = BASELINES, steps: int | None = None, device: str | None = None,
+    dtype: str | None = None, threads: int | None = None, force: bool = False, seed: int = 0, command: str = "",
+    progress: Progress | None = None,
+) -> PackReport:  # fmt: skip
+    """Measure takes as long as the longest of `frames` (pixel frames) under `policy` and each of `baselines`.
+
+    On a CPU the takes go on in turn, frame by frame, so that a machine that slows down slows all of them; on a GPU,
+    whose memory one long take may fill, one after another.
+
+    Raises LongtakeError for an unknown shape, baseline or dtype, for lengths without a generated frame, and on a busy
+    machine unless `force`.
+    """
+    progress = progress or (lambda *_: None)
+    bench = _named(shape)
+    place, precision = _device(bench, device), dtype or bench.dtype
+    if precision not in DTYPES:
+        raise LongtakeError(f"dtype {precision!r}: use one of {', '.join(DTYPES)}")
+    if unknown := [name for name in baselines if name not in BASELINES]:
+        raise LongtakeError(f"baseline {unknown[0]!r}: use {' or '.join(BASELINES)}")
+    latent = [bench.shape.latent_frames(n) for n in frames]
+    if not latent or min(latent) < 2:
+        raise LongtakeError(f"{list(frames)} pixel frames: the first one is given, so ask for 2 or more each")
+    steps = steps or bench.steps
+    if steps < 1 or (threads is not None and threads < 1):
+        raise LongtakeError(f"{steps} steps, {threads} threads: give at least 1 of each")
+    policy = policy or PackCache()
+    progress("looking who else is here", 0, 1)
+    busy = others_busy()
+    refuse_if_busy(busy, force)
+    progress("looking who else is here", 1, 1)
+    with _threads(threads), torch.no_grad():
+        started = cpu_times()
+        host = bench.host(place, DTYPES[precision], steps, seed)
+        clock = _Clock(place)
+        calibration = _calibrate(bench, host, clock, max(latent))
+        takes: dict[str, Callable[[], Iterator[Bytes]]] = {
+            policy.name: lambda: _session(bench, host, policy, "resident", max(latent), seed),
+        }
+        if MASK_FREE in baselines:
+            takes[MASK_FREE] = lambda: _session(bench, host, FullHistory(), "alias", max(latent), seed)
+        if AUTHORS_LIKE in baselines:
+            takes[AUTHORS_LIKE] = lambda: _authors(bench, host, steps, max(latent), seed)
+        arms = _measure(takes, max(latent) - 1, clock, in_turn=place.type == "cpu", progress=progress)
+        ended = cpu_times()
+    report = PackReport(
+        command=command, forced=force,
+        shape={**asdict(bench.shape), "attention_to_linear_flops_at_13": bench.attention_to_linear()},
+        settings={
+            "device": str(place), "dtype": precision, "threads": threads or torch.get_num_threads(), "steps": steps,
+            "policy": policy.name, "policy_options": asdict(policy), "pixel_frames": list(frames), "seed": seed,
+            "in_turn": place.type == "cpu",
+        },
+        provenance=provenance(place),
+        others_busy={"before": busy, "during": started.others_until(ended) if started and ended else None},
+        calibration=calibration, arms=arms,
+    )  # fmt: skip
+    _rate(report, bench, policy.name, list(zip(frames, latent, strict=True)))
+    return report
+
+
+# --- the takes --------------------------------------------------------------------------------------------------------
+
+
+def _session(
+    bench: LumosBench, host: Lumos, policy: KVPolicy, residency: str, frames: int, seed: int
+) -> Iterator[Bytes]:
+    """A take frame by frame; yields its bytes before each and after the last."""
+    image = torch.zeros(3, host.config.height, host.config.width)
+    # one frame more than are asked for: the last of a take is not written, and all measured ones are to be
+    take = Session(
+        host, policy, prompt_embeds=bench.prompt(host, seed), image=image, seed=seed, guidance_scale=GUIDANCE,
+        chunks=frames, residency=residency, decode=False,
+    )  # fmt: skip
+    for _ in range(frames - 1):
+        yield take.history.held_bytes, take.memory()["total"]
+        next(take)
+    yield take.history.held_bytes, take.memory()["total"]
+
+
+def _authors(bench: LumosBench, host: Lumos, steps: int, frames: int, seed: int) -> Iterator[Bytes]:
+    sampler = MaskedSampler(steps=steps)
+    image = torch.zeros(1, 3, host.config.height, host.config.width)
+    take = AuthorsLike(
+        host, bench.prompt(host, seed), host.encode_image(image), sampler.noise([torch.Generator().manual_seed(seed)]),
+        GUIDANCE, sampler,
+    )  # fmt: skip
+    for _ in range(frames - 1):
+        yield take.nbytes, take.nbytes
+        take.next_frame()
+    yield take.nbytes, take.nbytes
+
+
+def _measure(
+    takes: dict[str, Callable[[], Iterator[Bytes]]], frames: int, clock: _Clock, *, in_turn: bool, progress: Progress
+) -> dict[str, ArmRun]:
+    arms = {name: ArmRun() for name in takes}
+    groups = [list(takes)] if in_turn else [[name] for name in takes]
+    done = 0
+    for group in groups:
+        live = {name: takes[name]() for name in group}
+        held = {name: next(take) for name, take in live.items()}  # prompt and image are written
+        for number in range(frames):
+            at = number % len(group)
+            for name in group[at:] + group[:at]:
+                arm, before = arms[name], held[name]
+                with clock.peak() as transient:
+                    started = clock.now()
+                    held[name] = next(live[name])
+                    arm.seconds.append(clock.now() - started)
+                arm.held_bytes.append(held[name][0])
+                arm.peak_bytes.append(None if transient[0] is None else before[1] + transient[0])
+                done += 1
+                progress("frames", done, frames * len(takes))
+        live.clear()
+        gc.collect()
+        clock.empty()
+    return arms
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def _calibrate(bench: LumosBench, host: Lumos, clock: _Clock, frames: int) -> dict[str, Any]:
+    """Seconds of a bare forward over a frame alone and over one with all the keys of the last frame's full history;
+    from them, what a FLOP of a matrix product and of attention takes."""
+    cost = bench.cost
+    few, many = cost.frame_tokens, cost.full_keys(frames - 1)
+    times = {keys: _bare(host, keys, clock) for keys in (few, many)}
+    head = host.model.config.hidden_size * bench.shape.vocabulary * 2 * cost.frame_tokens
+    linear = cost.forward_flops(few)[0] - head  # a bare forward makes no logits
+    attention = {keys: cost.forward_flops(keys)[1] for keys in (few, many)}
+    per_attention = (times[many] - times[few]) / (attention[many] - attention[few])
+    per_linear = (times[few] - per_attention * attention[few]) / linear
+    return {
+        "keys": [few, many], "seconds": [times[few], times[many]], "linear_tflops": 1e-12 / per_linear,
+        "attention_tflops": 1e-12 / per_attention, "e": per_attention / per_linear,
+    }  # fmt: skip
+
+
+def _bare(host: Lumos, keys: int, clock: _Clock) -> float:
+    """Median seconds of a forward that attends to `keys` in all; every layer reads the same buffer."""
+    geometry = host.geometry()
+    n = geometry.tokens_per_frame
+    base, _ = host.positions(geometry, 0, 1)
+    phases = host.rotary.phases(base.to(host.device))
+    k, v = (torch.randn(1, keys, host.kv_heads, host.head_dim, dtype=host.dtype, device=host.device) for _ in range(2))
+    views = [LayerView(host.rotary, phases, k, v, slice(keys - n, keys), None, None, None, None)] * host.layers
+    ids = torch.zeros(1, n, dtype=torch.int64, device=host.device)
+    host.model(ids, views)
+    seconds = []
+    for _ in range(CALIBRATION_RUNS):
+        started = clock.now()
+        host.model(ids, views)
+        seconds.append(clock.now() - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def _rate(report: PackReport, bench: LumosBench, own: str, lengths: Sequence[tuple[int, int]]) -> None:
+    """Ratios of every length, beside what FLOPs and the timed forwards predict."""
+    cost, e = bench.cost, report.calibration["e"]
+    options = report.settings["policy_options"]
+    budget = options["history_frames"] if own == "packcache" and options["budget_tokens"] is None else None
+    mine = report.arms[own].seconds
+    for pixels, latent in lengths:
+        for name in report.arms:
+            if name == own:
+                continue
+            full = report.arms[name].seconds
+            n = latent - 1
+            found = Ratio(pixels, latent, name, sum(full[:n]) / sum(mine[:n]), full[n - 1] / mine[n - 1])
+            if budget is not None:
+                found.counted = cost.budget_speedup(latent, budget, 1.0)
+                found.predicted = cost.budget_speedup(latent, budget, e)
+            report.ratios.append(found)
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Wall clock with the device's queue drained, and the most memory held meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def empty(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def peak(self) -> Iterator[list[int | None]]:
+        """Within it, the first element becomes the bytes held at most above those held at its beginning: by the
+        allocator on a GPU, resident memory on a CPU; None where the system does not tell."""
+        found: list[int | None] = [None]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            yield found
+            found[0] = torch.cuda.max_memory_allocated(self.device) - before
+            return
+        start = rss_bytes()
+        if start is None:
+            yield found
+            return
+        over, highest = threading.Event(), [start]
+
+        def look() -> None:
+            while not over.wait(RSS_EVERY):
+                highest[0] = max(highest[0], rss_bytes() or 0)
+
+        watcher = threading.Thread(target=look, daemon=True)
+        watcher.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            watcher.join()
+            found[0] = highest[0] - start
+
+
+def _named(shape: str | LumosBench) -> LumosBench:
+    if isinstance(shape, LumosBench):
+        return shape
+    if shape not in SHAPES:
+        raise LongtakeError(f"no shape {shape!r}: use one of {', '.join(SHAPES)}")
+    return SHAPES[shape]
+
+
+def _device(bench: LumosBench, device: str | None) -> torch.device:
+    try:
+        place = torch.device(device or bench.device)
+    except RuntimeError:
+        raise LongtakeError(f"device {device!r}: use cpu or cuda") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise LongtakeError(
+            f"shape {bench.shape.name} on {place}: torch sees no CUDA device here; use --shape lumos-cpu"
+        )
+    return place
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
