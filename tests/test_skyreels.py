@@ -17,6 +17,7 @@ from longtake.history import History
 from longtake.plan import FULL, BlockTable, Drop, Entry, Fuse, HistoryShape, Plan, Signals
 from longtake.policies import FullHistory, KVPolicy, SlidingWindow
 from longtake.reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun
+from longtake.rope import wan_table
 from longtake.samplers.staggered import Stagger, Staggered
 from longtake.samplers.step_matrix import StepMatrix
 from longtake.session import history_shape
@@ -251,6 +252,79 @@ def test_nothing_outside_the_visible_set_is_ever_read(run: str, residency: str) 
     assert torch.equal(clean.play(), poisoned.play())
     assert clean.outputs.keys() == poisoned.outputs.keys()
     assert all(torch.equal(clean.outputs[key], poisoned.outputs[key]) for key in clean.outputs)
+
+
+def test_survivors_are_chosen_once_for_every_layer_head_and_branch() -> None:
+    """Three chunks finish while another one is still to come: each fusing is resolved by one forward per branch."""
+    asked = 0
+
+    @dataclass(frozen=True)
+    class Counting(FuseTo):
+        def score(self, q: Tensor, k: Tensor) -> Tensor:
+            nonlocal asked
+            asked += 1
+            return super().score(q, k)
+
+    replay = Replay("compress_b1", Counting(1), NoReuse())
+    replay.play()
+    assert asked == 3 * replay.host.layers * 2
+    history = replay.history
+    fused = history.table().blocks[0]
+    assert (fused.role, fused.frame, fused.span, fused.forms[FULL].count) == ("fused", 0, 8, 8)
+    positions = [history.stores[branch].held[fused.id, FULL].head_base[:, 0] for branch in history.streams]
+    sets = [{frozenset(map(tuple, h.tolist())) for h in one.transpose(1, 2).flatten(0, 1)} for one in positions]
+    assert [len(one) for one in sets] == [4, 4]  # two layers with two heads each
+    assert sets[0] != sets[1]
+    assert not FullHistory().covers(history.table())
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+def test_branches_need_not_compute_in_step(residency: str) -> None:
+    """One branch fuses, another block enters, and only then does the other branch compute: as if each were alone."""
+    layers, heads, tokens, dim = 2, 2, 4, 12
+    policy, steps = FuseTo(1), torch.tensor([1.0, 0, 0]).expand(tokens, -1)
+
+    def outputs(histories: dict[str, History]) -> dict[tuple[str, int, int], Tensor]:
+        out: dict[tuple[str, int, int], Tensor] = {}
+        everyone = list({id(history): history for history in histories.values()}.values())
+
+        def enter(frame: int) -> None:
+            for history in everyone:
+                history.admit(frame, 1, (torch.arange(tokens)[:, None] + steps * frame, steps))
+                history.apply(policy.plan(history.table(), history.signals()))
+
+        def forward(stream: str, frame: int) -> None:
+            history = histories[stream]
+            number = next(block.id for block in history.table().live if block.frame == frame)
+            noise = torch.Generator().manual_seed(len(stream) + 10 * frame)
+            for layer, view in enumerate(history.layers(stream, number, write=True)):
+                q, k, v = torch.randn(3, 1, tokens, heads, dim, generator=noise)
+                out[stream, frame, layer] = view.attend(q, k, v)
+
+        for frame in (0, 1):
+            enter(frame)
+            for stream in ("cond", "uncond"):
+                forward(stream, frame)
+            for history in everyone:
+                history.commit(history.table().live[0].id)
+        enter(2)  # two blocks are finished: one of them is to be left
+        forward("cond", 2)
+        enter(3)
+        for stream in ("cond", "uncond"):
+            forward(stream, 2)
+            forward(stream, 3)
+        assert all([block.role for block in history.table().blocks] == ["fused"] for history in everyone)
+        return out
+
+    def history(*streams: str) -> History:
+        shape = HistoryShape(layers, heads, dim, 4, tokens, 1, streams=len(streams))
+        return History(
+            shape, wan_table(dim), streams=streams, capacity=4 * tokens, residency=residency, score=policy.score
+        )
+
+    together = outputs(dict.fromkeys(("cond", "uncond"), history(*("cond", "uncond"))))
+    alone = outputs({branch: history(branch) for branch in ("cond", "uncond")})
+    assert all(torch.equal(together[key], alone[key]) for key in alone)
 
 
 # --- step tables ------------------------------------------------------------------------------------------------------
