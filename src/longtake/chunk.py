@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from .flops import Flops
 
 if TYPE_CHECKING:
     from .reuse import Decision
@@ -29,6 +31,8 @@ class ChunkStats:
     reused: int
     compress_seconds: float = 0.0  # making the chunk's compressed form and its K/V
     decisions: tuple[Decision, ...] = ()  # of the reuse policy, step by step
+    flops: Flops = field(default_factory=Flops)  # of the forwards that were computed; zeros where the host cannot tell
+    skipped_flops: Flops = field(default_factory=Flops)  # of those that were reused instead
 
     @property
     def overhead_seconds(self) -> float:
@@ -71,6 +75,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds, self.forwards, self.reused = 0.0, 0, 0
+        self.flops, self.skipped, self._flops = Flops(), Flops(), Flops()
+
+    def of(self, flops: Flops) -> Clock:
+        """`with clock.of(flops):` a forward that takes so many."""
+        self._flops = flops
+        return self
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -78,3 +88,4 @@ class Clock:
     def __exit__(self, *exc: object) -> None:
         self.seconds += time.perf_counter() - self._started
         self.forwards += 1
+        self.flops, self._flops = self.flops + self._flops, Flops()

@@ -27,6 +27,9 @@ class Flops:
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.linear + other.linear, self.attention + other.attention, self.cross + other.cross)
 
+    def __sub__(self, other: Flops) -> Flops:
+        return self + other * -1
+
     def __mul__(self, times: int) -> Flops:
         return Flops(self.linear * times, self.attention * times, self.cross * times)
 

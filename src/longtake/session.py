@@ -203,7 +203,7 @@ class Session:
             self.index, self.frame, self.geometry.chunk_frames, 0 if frames is None else frames.shape[1],
             time.perf_counter() - started, clock.seconds, decode_seconds, attended, self.history.held_bytes,
             clock.forwards, clock.reused, compress_seconds,
-            decisions=self._reuse.finish(self.index),
+            decisions=self._reuse.finish(self.index), flops=clock.flops, skipped_flops=clock.skipped,
         )  # fmt: skip
         return self._hand_out(frames, x0, stats)
 
@@ -219,7 +219,8 @@ class Session:
         stats = ChunkStats(
             self.index, finished.frame, finished.latents.shape[2], 0 if frames is None else frames.shape[1],
             time.perf_counter() - started, clock.seconds, decode_seconds, finished.attended, self.history.held_bytes,
-            clock.forwards, clock.reused, decisions=finished.decisions,
+            clock.forwards, clock.reused, decisions=finished.decisions, flops=clock.flops,
+            skipped_flops=clock.skipped,
         )  # fmt: skip
         return self._hand_out(frames, finished.latents, stats)
 
@@ -392,7 +393,7 @@ class Session:
             shape, self.host.rotary, streams=tuple(self._streams), capacity=capacity, visible=visible,
             residency=residency, score=self.policy.score if scores else None,
             key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
-            offloaded=self.policy.offloaded(shape), dtype=self.host.dtype, device=self.host.device,
+            offloaded=self.policy.offloaded(shape), summed=self.policy.summed(shape), dtype=self.host.dtype, device=self.host.device,
         )  # fmt: skip
 
     def _stagger(self, sampler: Stagger) -> Staggered:
@@ -534,10 +535,13 @@ class Session:
             self._unobserved = not computed
             if not computed:
                 clock.reused += len(self._streams)
+                clock.skipped += self._reuse.state(self.index).cost
                 if not self._reuse.carries_residual:
                     return self._reuse.carried(turns[step], x)
+            before = clock.flops
             out = self._forward_all(x, t, block, clock, step=step, computed=computed)
             if computed:
+                self._reuse.state(self.index).cost = clock.flops - before
                 self._reuse.keep(turns[step], x, out)
             return out
 
@@ -583,7 +587,7 @@ class Session:
                 velocities[name], _ = self.host.forward_residual(x, t, stream.text, [], residuals[name])
                 continue
             layers = self.history.layers(name, block, write=write, observe=observe)
-            with clock:
+            with clock.of(self.host.flops(x, stream.text, layers)):
                 if step is not None and self._reuse.carries_residual:
                     velocities[name], residuals[name] = self.host.forward_residual(x, t, stream.text, layers)
                 else:

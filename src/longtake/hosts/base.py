@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compressors import Compressor, MeanPool, StreamingEncoder
 from ..errors import LongtakeError
+from ..flops import Flops, FlopShape
 from ..geometry import Geometry
 from ..history import LayerView
 from ..history.view import Positions
@@ -247,6 +248,19 @@ class Host(ABC):
         """`forward`, and what the block stack added to its input [B, N, d]. With the `residual` of an earlier step that
         is added instead, no block runs and `layers` stay as they are."""
         raise LongtakeError(f"{self.name} cannot reuse the residual of its blocks: use carry=velocity")
+
+    flop_shape: FlopShape | None = None  # the sizes that the cost of a forward depends on, if they are known
+
+    def flops(self, latents: Tensor, text: TextState, layers: list[LayerView]) -> Flops:
+        """What a forward of a chunk costs, embedding of the timestep apart; zeros without a `flop_shape`."""
+        if self.flop_shape is None or not layers:
+            return Flops()
+        tokens, keys = layers[0].k_live.shape[1], layers[0].k.shape[1]
+        return self.flop_shape.forward(tokens, keys, self.text_tokens(text)) * latents.shape[0]
+
+    def text_tokens(self, text: TextState) -> int:
+        """Text tokens that cross-attention sees."""
+        return text.k[0].shape[1] if text.k else 0
 
     @property
     def reuse_preset(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import html
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ..attention import attend
 from ..compressors import Compressor, LowResolution, MeanPool, StreamingEncoder
 from ..decoding import StreamingDecoder, encode_first_frame
 from ..errors import LongtakeError
+from ..flops import FlopShape
 from ..geometry import Geometry
 from ..history import LayerView
 from ..rope import wan_table
@@ -100,6 +102,10 @@ class CausalWan(Host):
         self.after_encoding = after_encoding  # None: the encoder stays wherever its owner put it
         self.layers, self.kv_heads, self.head_dim = wan.num_layers, wan.num_attention_heads, wan.attention_head_dim
         self.rotary = wan_table(self.head_dim)
+        width, patch = self.kv_heads * self.head_dim, math.prod(wan.patch_size)
+        self.flop_shape = FlopShape.of_wan(
+            self.layers, width, wan.ffn_dim, wan.in_channels * patch, wan.out_channels * patch
+        )
         # the fp32 islands (norms, time embedder) are diffusers' own choice; the patch embedding has the working type
         self.dtype = transformer.patch_embedding.weight.dtype
         self.device = transformer.patch_embedding.weight.device

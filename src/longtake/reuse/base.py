@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor
 
 from ..errors import LongtakeError
+from ..flops import Flops
 
 if TYPE_CHECKING:
     from .metric import Change
@@ -50,6 +51,7 @@ class ReuseState:
     carry: Tensor | None = None  # velocity, or the prediction x0 where a sampler renoises
     carry_width: float = 0.0  # change of noise level of the step that left the carry
     residuals: dict[str, Tensor] = field(default_factory=dict)  # stream → [B, N, hidden]
+    cost: Flops = field(default_factory=Flops)  # of the last computed step
     decisions: list[Decision] = field(default_factory=list)
 
     @property

@@ -14,13 +14,14 @@ With the "residual" carry it keeps `run.state(chunk).residuals[stream]` instead,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LongtakeError
+from ..flops import Flops
 from .base import Decision, NoReuse, ReusePolicy, ReuseState, Turn
 from .metric import Change
 
@@ -128,7 +129,8 @@ class ReuseRun:
             tensors |= {f"{chunk}/{name}": x for name, x in held.items() if x is not None}
             chunks[str(chunk)] = {
                 "timestep": state.timestep, "accumulator": state.accumulator, "done": state.done,
-                "carry_width": state.carry_width, "decisions": [asdict(d) for d in state.decisions],
+                "carry_width": state.carry_width, "cost": astuple(state.cost),
+                "decisions": [asdict(d) for d in state.decisions],
             }  # fmt: skip
         return tensors, {"chunks": chunks, "accumulator": self.shared.accumulator, "done": self.shared.done}
 
@@ -138,7 +140,7 @@ class ReuseRun:
         self.states = {}
         for chunk, told in meta["chunks"].items():
             decisions = [Decision(**d) for d in told["decisions"]]
-            state = ReuseState(**{**told, "decisions": decisions})
+            state = ReuseState(**{**told, "decisions": decisions, "cost": Flops(*told["cost"])})
             state.before, state.carry = tensors.get(f"{chunk}/before"), tensors.get(f"{chunk}/carry")
             start = f"{chunk}/residual/"
             state.residuals = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..chunk import Clock
 from ..errors import NonFiniteError
+from ..flops import Flops
 from ..history import LayerView
 from ..hosts.base import Pass, TextState
 from ..hosts.magi.host import MagiHost
@@ -100,14 +101,18 @@ class MagiStaggered(Staggered):
             )  # fmt: skip
             plan.append((chunk, t, {each.name: each for each in passes}))
         made: dict[int, dict[str, Tensor]] = {chunk.chunk: {} for chunk in computed}
+        for chunk in computed:
+            self.reuse.state(chunk.chunk).cost = Flops()
         for name in dict.fromkeys(name for _, _, passes in plan for name in passes):
             for chunk, t, passes in plan:
                 if name not in passes:
                     continue
+                before = clock.flops
                 last = name == [each.name for each in passes.values() if each.write][-1]
                 out = self._pass(chunk, t, passes[name], clock, observe=last and self._looked_at(chunk, finished))
                 if chunk.chunk in made:
                     made[chunk.chunk][name] = out
+                    self.reuse.state(chunk.chunk).cost += clock.flops - before
         times = {chunk.chunk: t for chunk, t, _ in plan}
         return {number: self.host.guide(out, times[number], self.guidance) for number, out in made.items()}
 
@@ -115,8 +120,9 @@ class MagiStaggered(Staggered):
         layers = self._layers(chunk.block, each, observe=observe)
         if each.history and isinstance(self.policy, KVRange):
             self._limit(layers, chunk.span, self.policy.reach(chunk.step, self.matrix.steps))
-        with clock:
-            return self.host.forward(chunk.x, t, chunk.texts[each.text], layers)
+        text = chunk.texts[each.text]
+        with clock.of(self.host.flops(chunk.x, text, layers)):
+            return self.host.forward(chunk.x, t, text, layers)
 
     def _limit(self, layers: list[LayerView], span: int, reach: int) -> None:
         """Hide what lies more than `reach` chunks back, the one in flight included."""
@@ -139,7 +145,8 @@ class MagiStaggered(Staggered):
         layers = self._layers(block, each, observe=self.policy.moment == "commit")
         if isinstance(self.policy, KVRange):
             self._limit(layers, self.geometry.chunk_frames, self.policy.clean)
-        with clock:
-            out = self.host.forward(x, timestep, self.host.chunk_texts(texts, 0, None)[each.text], layers)
+        text = self.host.chunk_texts(texts, 0, None)[each.text]
+        with clock.of(self.host.flops(x, text, layers)):
+            out = self.host.forward(x, timestep, text, layers)
         if not (torch.isfinite(x).all() & torch.isfinite(out).all()).item():
             raise NonFiniteError(f"{what}: NaN or infinite values; are they finite, and in -1 to 1?")

@@ -367,6 +367,7 @@ class Staggered:
         if velocity is None:
             velocity = self._reused(chunk, turn)
             clock.reused += len(self._passes(chunk, turn))
+            clock.skipped += self.reuse.state(chunk.chunk).cost
         else:
             self.reuse.keep(turn, chunk.x, velocity)
         if self.on_step is not None:
@@ -385,15 +386,16 @@ class Staggered:
 
     def _velocity(self, chunk: InFlight, turn: Turn, clock: Clock) -> Tensor:
         velocities: dict[str, Tensor] = {}
-        observe = self._observed(chunk)
+        observe, before = self._observed(chunk), clock.flops
         for each in self._passes(chunk, turn):
             layers, text = self._layers(chunk.block, each, observe=observe), chunk.texts[each.text]
-            with clock:
+            with clock.of(self.host.flops(chunk.x, text, layers)):
                 if self.reuse.carries_residual:
                     velocities[each.name], residual = self.host.forward_residual(chunk.x, turn.timestep, text, layers)
                     self.reuse.state(chunk.chunk).residuals[each.name] = residual
                 else:
                     velocities[each.name] = self.host.forward(chunk.x, turn.timestep, text, layers)
+        self.reuse.state(chunk.chunk).cost = clock.flops - before
         return self.host.guide(velocities, turn.timestep, self.guidance)
 
     def _reused(self, chunk: InFlight, turn: Turn) -> Tensor:
@@ -453,7 +455,7 @@ class Staggered:
         """The pass that writes K/V of (nearly) clean latents x."""
         for each in self.host.clean_passes(self.guidance):
             layers = self._layers(block, each, observe=self.policy.moment == "commit")
-            with clock:
+            with clock.of(self.host.flops(x, texts[each.text], layers)):
                 out = self.host.forward(x, timestep, texts[each.text], layers)
             if not (torch.isfinite(x).all() & torch.isfinite(out).all()).item():
                 raise NonFiniteError(f"{what}: NaN or infinite values; try another seed or dtype")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import LongtakeError
+from ...flops import FlopShape
 from ...geometry import Geometry
 from ...history import LayerView
 from ..base import Host, HostConfig, Pass, TextState
@@ -67,6 +68,10 @@ class MagiHost(Host):
         model = transformer.config
         self.layers, self.kv_heads, self.head_dim = model.num_layers, model.num_query_groups, model.kv_channels
         self.rotary = transformer.rotary()
+        self.flop_shape = FlopShape.of_magi(
+            self.layers, model.hidden_size, model.ffn_hidden_size, self.kv_heads * self.head_dim,
+            model.in_channels * model.patch_size**2,
+        )  # fmt: skip
         self.dtype, self.device = transformer.working_dtype, transformer.rope.bands.device
         self.special = special
         self.texts = Texts(transformer, special, settings.null_tokens)
@@ -195,6 +200,10 @@ class MagiHost(Host):
         weight = self.transformer.x_embedder.weight.float()
         scaled = latents.to(weight) * self.transformer.config.x_rescale_factor
         return F.conv3d(scaled, weight, stride=self.transformer.x_embedder.stride)
+
+    def text_tokens(self, text: TextState) -> int:
+        """The longest reading of the takes in lockstep."""
+        return max(k.shape[1] for k, _ in text.kv[0]) if isinstance(text, Reading) else super().text_tokens(text)
 
     def _step_size(self, timestep: float) -> float | None:
         """What a distilled model is told of a step at this time; a clean pass is told what a stage's first step is."""
