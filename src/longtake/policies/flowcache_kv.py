@@ -90,8 +90,10 @@ class FlowCacheKV(KVPolicy):
         full = count(table.blocks) - count(anchors) + count(table.live) + chunk > most
         observe = tuple(block.id for block in ahead) if full else ()
         room = most - count(table.live)
-        # fewer are in flight at the end of a take, and while a given past waits for its first look
-        if past <= (room if any(signals.scores.values()) else most - flight):
+        # fewer than usual are in flight at the end of a take, and at its start, where a given past that no step has
+        # looked at makes room at once
+        given = signals.chunk <= len(table.live) and not any(signals.scores.values())
+        if past <= (most - flight if given else room):
             return Plan(whole, observe=observe)
         scores = self._usable(signals.scores, past)
         if scores is None:  # a given past, that no step has looked at yet

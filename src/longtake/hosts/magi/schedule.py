@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import LongtakeError
 
-UNLIMITED_CLEAN = 8  # chunks a clean pass sees when neither of the two ranges is limited
+UNLIMITED_CLEAN = 8  # chunks a given one sees when neither of the two ranges is limited
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MagiSettings:
     prev_chunk_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)
     noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)  # chunks seen, itself included, by progress; (): all
-    clean_chunk_kvrange: int = 1  # the same for a finished chunk's clean pass; −1: as if it went on denoising
+    clean_chunk_kvrange: int = 1  # the same for given chunks, and for finished ones; −1: as if they went on
     clean_t: float = 0.9999  # time of the clean pass
     nearly_clean: bool = True  # distilled: blend in a pass that sees the chunk alone, once it is nearly clean
     nearly_clean_after: float = 0.3  # in time
@@ -126,8 +126,10 @@ class MagiSettings:
             return None
         return ranges[min(step, self.num_steps - 1) // (self.num_steps // len(ranges))]
 
-    def clean_range(self) -> int:
-        """The same for a clean pass."""
+    def clean_range(self, given: bool = False) -> int | None:
+        """The same for the pass over a finished chunk, or over one that is given."""
+        if not given and not self.noise2clean_kvrange:
+            return None
         if self.clean_chunk_kvrange > 0:
             return self.clean_chunk_kvrange
         return self.noise2clean_kvrange[-1] if self.noise2clean_kvrange else UNLIMITED_CLEAN
