@@ -13,19 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, PlanError, Session
-from longtake.history import History
 from longtake.plan import FULL, Block, BlockTable, Entry, Form, Fuse, HistoryShape, Signals
 from longtake.policies.flowcache_kv import importance, pooled, redundancy
-from longtake.reuse import ReuseRun, Turn
-from longtake.rope import RotaryTable
 
 from .reference.flowcache_kv import dense_importance, dense_redundancy
 from .tiny import text, tiny_wan
-from .trials.magi import chunk_positions, forward_chunk, patch_tokens, rotary_table, schedule
 from .trials.skyreels import Golden as SkyReels
-from .trials.test_magi import COMPUTED, REUSED, AloneLayer
-from .trials.test_magi import Golden as Magi
-from .trials.test_magi_history import HistoryMemory
 from .trials.test_skyreels import TOLERANCE
 from .trials.test_skyreels_history import replay, takes
 
@@ -183,96 +176,6 @@ def test_scores_of_half_precision_keys_are_taken_in_fp32():
 
 
 # --- whole published runs ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def magi() -> Magi:
-    path = GOLDENS / "magi_tiny_flowcache_loop.safetensors"
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    return Magi(load_file(path), json.loads(about["config"]), {run["key"]: run for run in json.loads(about["runs"])})
-
-
-def magi_loop(golden: Magi, key: str, *, sort: bool = False, carry: str = "update", **options):
-    """The authors' loop with our reuse policy, our KV policy and our history: decisions, latents per step, history."""
-    run, sizes, inputs = golden.run(key), golden.config["model"], golden.runs[key]["inputs"]
-    noise, words, mask = (golden.tensors[f"{inputs}/{name}"] for name in ("noise", "y", "text_mask"))
-    weights, cfg = golden.model(run.num_steps)
-    table = rotary_table(weights)
-    rotary = RotaryTable(tuple(table.axis.tolist()), tuple(table.frequency.tolist()), "half")
-    shape = HistoryShape(
-        sizes["num_layers"], cfg.kv_heads, sizes["kv_channels"], 4, run.frame_tokens, run.chunk_frames,
-        live_chunks=run.window,
-    )  # fmt: skip
-    policy = FullHistory()
-    if run.compress:
-        options |= {"chunks": run.B_total, "mix": run.mix_lambda, "group": run.strategy}
-        policy = FlowCacheKV(asking=run.query_granularity, sort=sort, **options).settle(shape)
-        policy.check(shape)
-    history = History(shape, rotary, capacity=policy.capacity(shape), score=policy.score)
-    memory = HistoryMemory(history, policy, run.window, run.chunk_frames, observe=run.compress)
-    reuse = ReuseRun(
-        FlowCacheReuse(run.threshold, "latent", carry, warmup=run.warmup, last="take", rescale="identity"),
-        lambda metric, x, t: patch_tokens(weights, x),
-    )
-    times = schedule(run.num_steps)
-    stage = run.num_steps // run.window
-    total = stage * (run.chunks + run.window - 1)
-    grid = [size // cfg.patch for size in noise.shape[-2:]]
-    x, latents = list(noise.split(run.chunk_frames, dim=2)), []
-    decision = torch.zeros(total, run.chunks, dtype=torch.uint8)
-    for step in range(total):
-        first = max(0, step // stage - run.window + 1)
-        active = range(first, min(run.chunks, step // stage + 1))
-        done = {c: step - c * stage for c in active}
-        levels = [1 - t for t in times.tolist()]
-        turns = {
-            c: Turn(c, k, run.num_steps, times[k].item(), levels[k], levels[k + 1], step == total - 1)
-            for c, k in done.items()
-        }
-        where = {c: chunk_positions(c * run.chunk_frames, run.chunk_frames, *grid) for c in active}
-        for c in active:
-            if done[c] == 0:
-                memory.enter(c, where[c])
-        computed = dict(zip(active, reuse.decide(list(turns.values()), [x[c] for c in active]), strict=True))
-        for c in active:
-            decision[step, c] = COMPUTED if computed[c] else REUSED
-            t, width = times[done[c]], times[done[c] + 1] - times[done[c]]
-            if computed[c]:
-                memory.begin(c, where[c])
-                velocity = forward_chunk(weights, cfg, x[c], t, words[0][c], mask[0][c], memory.layers)
-                if not run.discard_nearly_clean and c == first and t.item() > 0.3:
-                    alone = [AloneLayer(table, where[c])] * len(memory.layers)
-                    velocity = 0.7 * velocity + 0.3 * forward_chunk(
-                        weights, cfg, x[c], t, words[0][c], mask[0][c], alone
-                    )
-                reuse.keep(turns[c], x[c], velocity)
-            else:
-                velocity = reuse.carried(turns[c], x[c])
-            x[c] = x[c] + width * velocity
-        latents.append(torch.cat(x, dim=2)[0])
-    return decision, torch.stack(latents), history
-
-
-MAGI_RUNS = ["off", "on", "on_low", "off_keep_nearly_clean"]
-COMPRESSED = ["compress_B5_token_chunk", "compress_B5_on", "compress_B6_frame_frame_on"]
-
-
-@pytest.mark.parametrize("key", MAGI_RUNS + COMPRESSED)
-@torch.no_grad()
-def test_the_published_loop_comes_out_with_reuse_and_compression_of_our_own(magi, key):
-    """In the published modes: Δx carried unscaled, survivors best first. Decisions exact, latents to 1e-4."""
-    decision, latents, _ = magi_loop(magi, key)
-    assert torch.equal(decision, magi.tensors[f"{key}/decision"])
-    torch.testing.assert_close(latents, magi.tensors[f"{key}/latents_after_step"], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(("key", "options"), [("compress_B5_on", {"sort": True}), ("on", {"carry": "velocity"})])
-@torch.no_grad()
-def test_our_own_modes_are_other_runs(magi, key, options):
-    """Sorted survivors and the rescaled carry differ from the published run from where they first matter."""
-    _, latents, _ = magi_loop(magi, key, **options)
-    assert (latents - magi.tensors[f"{key}/latents_after_step"]).abs().amax() > 1e-3
 
 
 @pytest.fixture(scope="module")

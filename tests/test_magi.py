@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 
 from longtake.chunk import Clock
-from longtake.geometry import Geometry
 from longtake.history import History
 from longtake.hosts.magi.host import MagiHost, host_config
 from longtake.hosts.magi.schedule import MagiSettings
-from longtake.plan import FULL, HistoryShape
+from longtake.plan import FULL, HistoryShape, Plan
 from longtake.policies import FlowCacheKV, FullHistory, KVPolicy, KVRange
 from longtake.reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun
+from longtake.rope import RotaryTable
 from longtake.samplers.magi import MagiStaggered
 from longtake.samplers.staggered import Finished, Stagger
 
@@ -266,3 +265,47 @@ def test_the_flowcache_loop_is_the_authors(loops: tuple, key: str, residency: st
     if run["compress"]:
         rows = rotated(taken, 0)
         torch.testing.assert_close(rows, tensors[f"{key}/kv_cache_layer0"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("key", "options"), [("compress_B5_on", {"sort": True}), ("on", {"carry": "velocity"})])
+def test_our_own_modes_are_other_runs(loops: tuple, key: str, options: dict) -> None:
+    """Survivors by position, and a velocity that is carried, differ from the published run from where they first
+    matter: the second compression, the first reused step."""
+    tensors, meta = loops
+    run = next(run for run in meta["runs"] if run["key"] == key)
+    latents = walked(flowcache_take(loops, key, "resident", **options), tensors[f"{run['inputs']}/noise"])
+    error = (latents - tensors[f"{key}/latents_after_step"]).abs().amax(dim=(1, 2, 3, 4))
+    reused = (tensors[f"{key}/decision"] == REUSED).any(1).nonzero()[0].item()
+    first = run["compressions"][1]["step"] + 1 if run["compress"] else reused
+    assert error[:first].max() < 1e-4
+    assert error[-1] > 1e-2
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_pass_that_does_not_write_leaves_no_trace(residency: str, alone: bool) -> None:
+    """Passes share one K/V and only some of them write: later chunks must not see what another pass computed."""
+    layers, tokens, query_heads, kv_heads, dim = 2, 4, 6, 2, 8
+    rotary = RotaryTable((0, 1, 2), (1.0, 0.5, 0.25), "half")  # 6 of 8 channels turn
+    steps = torch.tensor([1.0, 0, 0]).expand(tokens, -1)
+
+    def output(extra: bool) -> list[Tensor]:
+        shape = HistoryShape(layers, kv_heads, dim, 4, tokens, 1)
+        history = History(shape, rotary, capacity=2 * tokens, residency=residency)
+        ids = [history.admit(t, 1, (torch.arange(tokens)[:, None] + steps * t, steps)) for t in range(2)]
+        history.apply(Plan())
+
+        def forward(chunk: int, seed: int, write: bool, seen: bool = True) -> list[Tensor]:
+            noise = torch.Generator().manual_seed(seed)
+            out = []
+            for view in history.layers("cond", ids[chunk], write=write, history=seen):
+                q = torch.randn(1, tokens, query_heads, dim, generator=noise)
+                out.append(view.attend(q, *torch.randn(2, 1, tokens, kv_heads, dim, generator=noise)))
+            return out
+
+        forward(0, seed=1, write=True)
+        if extra:
+            forward(0, seed=2, write=False, seen=not alone)
+        return forward(1, seed=3, write=True)
+
+    assert all(torch.equal(*pair) for pair in zip(output(extra=True), output(extra=False), strict=True))

@@ -86,7 +86,8 @@ def test_every_row_has_the_published_chunks_steps_times_and_ranges(case: dict) -
 
 @pytest.mark.parametrize("case", STORED["prefix_kv_ranges"], ids=lambda case: case["prefix_chunks"])
 def test_given_chunks_see_the_published_ranges(case: dict) -> None:
-    one = settings(noise2clean_kvrange=tuple(case["noise2clean_kvrange"]), clean_chunk_kvrange=case["clean_chunk_kvrange"])
+    ranges, clean = case["noise2clean_kvrange"], case["clean_chunk_kvrange"]
+    one = settings(noise2clean_kvrange=tuple(ranges), clean_chunk_kvrange=clean)
     n = one.clean_range(given=True)
     assert [[max(0, c + 1 - n), c + 1] for c in range(case["prefix_chunks"])] == case["kv_ranges"]
 

@@ -136,7 +136,8 @@ def test_reuse_with_threshold_0_changes_no_bit(kind: str, residency: str, reques
 
 
 def test_steps_are_skipped_and_logged(distilled: MagiHost) -> None:
-    take = Session(distilled, prompt_embeds=words(), chunks=4, seed=5, reuse=FlowCacheReuse(0.5, warmup=2), decode=False)
+    reuse = FlowCacheReuse(0.5, warmup=2)
+    take = Session(distilled, prompt_embeds=words(), chunks=4, seed=5, reuse=reuse, decode=False)
     chunks = list(take)
     reused = [d for chunk in chunks for d in chunk.stats.decisions if d.reused]
     assert reused and all(d.index >= 2 for d in reused)
@@ -257,7 +258,8 @@ def test_files_that_cannot_work_are_refused_in_one_line(tmp_path: Path) -> None:
     ))  # fmt: skip
     refused("does not fit", config(model_config={"hidden_size": 192}))
     refused("24B is not supported", config(model_config={"gated_linear_unit": True}))
-    refused("are not: take the configuration", config(engine_config={"distill": True}, runtime_config={"cfg_number": 1}))
+    distill = config(engine_config={"distill": True}, runtime_config={"cfg_number": 1})
+    refused("are not: take the configuration", distill)
     refused("a multiple of 4", config(runtime_config={"num_steps": 10}))
     refused("not a MAGI-1 configuration", lambda folder: (folder / "4.5B_config.json").write_text("[]"))
 

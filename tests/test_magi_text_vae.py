@@ -94,7 +94,8 @@ def test_a_token_becomes_its_patch_of_pixels(vae: MagiVAE) -> None:
     pixels = torch.zeros(1, 1, 8, 16, 24)
     for n, token in enumerate(tokens[0]):
         t, h, w = n // 6, n // 3 % 2, n % 3
-        pixels[0, :, 4 * t : 4 * t + 4, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8] = token.view(4, 8, 8, 1).permute(3, 0, 1, 2)
+        patch = token.view(4, 8, 8, 1).permute(3, 0, 1, 2)
+        pixels[0, :, 4 * t : 4 * t + 4, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8] = patch
     want = vae.decoder.last_layer(pixels)
     torch.testing.assert_close(vae.decode(z), want, rtol=0, atol=1e-5)
 

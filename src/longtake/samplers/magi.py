@@ -95,11 +95,11 @@ class MagiStaggered(Staggered):
         for chunk in (*finished, *computed):
             clean = chunk in finished
             t = self.host.clean_timestep if clean else self.timesteps[chunk.step]
-            passes = (
+            makes = (
                 self.host.clean_passes(self.guidance) if clean
                 else self.host.passes(t, self.guidance, first=chunk is first)
             )  # fmt: skip
-            plan.append((chunk, t, {each.name: each for each in passes}))
+            plan.append((chunk, t, {each.name: each for each in makes}))
         made: dict[int, dict[str, Tensor]] = {chunk.chunk: {} for chunk in computed}
         for chunk in computed:
             self.reuse.state(chunk.chunk).cost = Flops()

@@ -5,8 +5,8 @@ before one projection; a gate capped by tanh multiplies each branch's output, a 
 There is no shift or scale modulation: the time enters through the gates alone. Self-attention goes through a
 `LayerView`, which owns rotation, K/V and the attention call.
 
-Shapes: B takes, C latent channels, F latent frames, N = F·h·w tokens, E hidden size, Hq query heads, Hk KV heads, D head
-dim, T text tokens.
+Shapes: B takes, C latent channels, F latent frames, N = F·h·w tokens, E hidden size, Hq query heads, Hk KV heads, D
+head dim, T text tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TimestepEmbedder(nn.Module):
         half = WAVES // 2
         rate = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angle = t.float()[:, None] * rate * TIME_SCALE
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1).to(next(self.mlp.parameters()).dtype))
 
 
 class CaptionEmbedder(nn.Module):
@@ -85,7 +85,7 @@ class Gates(nn.Module):
         self.proj = nn.Sequential(nn.Linear(condition, 2 * size))
 
     def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        gates = self.proj(F.silu(condition).to(self.proj[0].weight.dtype))
+        gates = self.proj(F.silu(condition).to(next(self.proj.parameters()).dtype))
         attention, mlp = cap(gates).chunk(2, -1)
         return attention, mlp
 
@@ -129,9 +129,8 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised input [B, N, E] → un-rotated q [B, N, Hq, D], k and v [B, N, Hk, D]."""
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.dim)) for layer in (self.linear_qkv.q, self.linear_qkv.k, self.linear_qkv.v)
-        )
+        make = self.linear_qkv
+        q, k, v = (layer(x).unflatten(-1, (-1, self.dim)) for layer in (make.q, make.k, make.v))
         return self.q_layernorm(q), self.k_layernorm(k), v
 
     def cross_queries(self, x: Tensor) -> Tensor:
@@ -197,6 +196,10 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.final_layernorm = CenteredLayerNorm(c.hidden_size, c.layernorm_epsilon, c.apply_layernorm_1p)
 
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
+
 
 class Bands(nn.Module):
     """Learned rotary frequencies, one ladder for all three axes."""
@@ -245,7 +248,7 @@ class MagiTransformer3DModel(ModelMixin, ConfigMixin):
     @property
     def working_dtype(self) -> torch.dtype:
         """Of activations and K/V: embedders and norms stay in fp32."""
-        return self.videodit_blocks.layers[0].self_attention.linear_qkv.q.weight.dtype
+        return self.videodit_blocks.blocks[0].self_attention.linear_qkv.q.weight.dtype
 
     def rotary(self) -> RotaryTable:
         """The learned bands once per axis (t, h, w): they turn 3/4 of a head's channels."""
@@ -266,7 +269,7 @@ class MagiTransformer3DModel(ModelMixin, ConfigMixin):
     def text_kv(self, embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cross-attention K and V [..., T, Hk, D] of every layer, of text embeddings [..., T, channels]."""
         text = self.y_embedder.text(embeds)
-        return [layer.self_attention.text_kv(text) for layer in self.videodit_blocks.layers]
+        return [layer.self_attention.text_kv(text) for layer in self.videodit_blocks.blocks]
 
     def forward(
         self, latents: Tensor, condition: Tensor, text: Sequence[Sequence[tuple[Tensor, Tensor]]],
@@ -277,7 +280,7 @@ class MagiTransformer3DModel(ModelMixin, ConfigMixin):
         `text` has per layer K and V [1, T, Hk, D] of every take, or one for all; `views` one view per layer.
         """
         hidden = self.tokens(latents).to(self.working_dtype)
-        for layer, view, kv in zip(self.videodit_blocks.layers, views, text, strict=True):
+        for layer, view, kv in zip(self.videodit_blocks.blocks, views, text, strict=True):
             hidden = layer(hidden, condition, view, kv)
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(hidden.float()))
         return self.pixels(out, latents.shape)

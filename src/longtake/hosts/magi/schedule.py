@@ -61,7 +61,7 @@ class MagiSettings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MagiSettings:
         known = {f.name for f in fields(cls)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**given)
 
     @classmethod

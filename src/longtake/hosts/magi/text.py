@@ -93,10 +93,12 @@ class Texts:
         for layer, (k, v) in enumerate(zip(text.k, text.v, strict=True)):
             takes = []
             for take, length in enumerate(text.lengths):
-                pair = (k[take : take + 1, :length], v[take : take + 1, :length])
+                own_k, own_v = (t[take : take + 1, :length] for t in (k, v))
                 if before is not None:
-                    pair = tuple(torch.cat((a, b), 1)[:, : self.limit] for a, b in zip(before[layer], pair, strict=True))
-                takes.append(pair)
+                    own_k, own_v = (
+                        torch.cat(pair, 1)[:, : self.limit] for pair in zip(before[layer], (own_k, own_v), strict=True)
+                    )
+                takes.append((own_k, own_v))
             per_layer.append(takes)
         return per_layer
 

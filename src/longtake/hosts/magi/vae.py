@@ -79,7 +79,7 @@ class VaeHalf(nn.Module):
 
     def run(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [B, n, d] of a grid through all blocks and the norm, without the class token."""
-        place = self.pos_embed
+        place: Tensor = self.pos_embed
         if grid != self.grid:
             spread = place[:, 1:].unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
             spread = F.interpolate(spread, size=grid, mode="trilinear", align_corners=False)
