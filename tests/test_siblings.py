@@ -115,6 +115,7 @@ def test_participative_compression_keeps_and_moves_what_the_port_does(number):
     # the port scores where keys lie before it moves the sink
     fusing.shift = 0
     fusing.resolve(0, q=given["recent_q"])
+    fusing.finish()
     Fused(store, table, fusing.fused, shift).fill(0, k, v, None)
     kept = given["kept_index"]
     mine = (kept >= first) & (kept < last)

@@ -311,6 +311,8 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             values = {name: tensors[f"history/{stream}/held/{i}/{name}"] for name in present}
             for name in set(present) - {"rows", "tokens"}:
                 values[name] = values[name].to(history.device)
+            if "key_sum" in values:
+                values["key_sum"] = store.sums.take().copy_(values["key_sum"])
             store.held[(block, form)] = Rows(**values)
     for stream, layers in meta["scores"].items():
         stored = {layer: tensors[f"history/scores/{stream}/{layer}"].to(history.device) for layer in layers}

@@ -25,7 +25,7 @@ from ..plan import FULL, Block, BlockTable, Drop, Form, Fuse, HistoryShape, Plan
 from ..rope import RotaryTable
 from .away import Staging
 from .parts import Fusing, Score
-from .store import Store
+from .store import Store, Sums
 from .view import Buffers, LayerView, Live, Positions, View
 
 RESIDENCIES = ("resident", "scratch", "alias")
@@ -38,14 +38,15 @@ class History:
     `residency` says where the view lives: "resident" (a second K/V, built once per plan), "scratch" (one layer's worth,
     rebuilt in every forward) or "alias" (the store itself, with rotated keys: only while nothing is ever moved or
     hidden).
-    `offloaded` is how many tokens may lie in host memory besides, and how many of those a plan shows at most.
+    `offloaded` is how many tokens may lie in host memory besides, and how many of those a plan shows at most;
+    `summed` how many forms have key sums at once.
     """
 
     def __init__(
         self, shape: HistoryShape, rotary: RotaryTable, *, streams: tuple[str, ...] = ("cond",),
         capacity: int | None = None, visible: int | None = None, live_tokens: int | None = None,
         residency: str = "resident", score: Score | None = None, offloaded: tuple[int, int] = (0, 0),
-        key_sums: bool = False, query_sums: bool = False, dtype: torch.dtype = torch.float32,
+        key_sums: bool = False, summed: int = 0, query_sums: bool = False, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
@@ -56,7 +57,9 @@ class History:
         self.fixed = capacity is not None
         live = live_tokens or shape.chunk_tokens
         rows = capacity + shape.anchor_tokens if capacity is not None else 8 * live + shape.anchor_tokens
-        self.stores = {s: self._new_store(rows) for s in streams}
+        sums = (shape.layers, shape.batch, shape.kv_heads, shape.head_dim)
+        self.sums = {s: Sums(summed, sums, self.device) for s in streams}
+        self.stores = {s: self._new_store(rows, s) for s in streams}
         shown = visible + shape.anchor_tokens if self.fixed and visible is not None else rows
         self.buffers = Buffers(shape, streams, residency, shown, dtype, self.device)
         self.blocks: list[Block] = []
@@ -67,7 +70,7 @@ class History:
         self._live: dict[int, Live] = {}
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
         away, shown_away = offloaded
-        self.archives = {s: self._new_store(away, host=True) for s in streams} if away else {}
+        self.archives = {s: self._new_store(away, s, host=True) for s in streams} if away else {}
         self.staging = {s: Staging(shape, shown_away, dtype, self.device) for s in self.archives}
         self.views = {
             s: View(
@@ -206,9 +209,12 @@ class History:
         return [{layer: (c.entry.candidates, picked[0]) for layer, picked in c.picked.items()} for c in choices]
 
     def abandon(self, block: int) -> None:
-        """Forget a chunk in flight and what was scored with it. What its plan dropped or fused stays so: the same plan
-        follows from the table that is left. A reopened block goes back to the past with what was written of it."""
+        """Forget a chunk in flight, what was scored with it, and what its queries chose to fuse. What its plan dropped
+        or fused by itself stays so: the same plan follows from the table that is left. A reopened block goes back to
+        the past with what was written of it."""
         live = self._live.pop(block)
+        if not self._live:
+            self._fusing = []
         for stream, view in self.views.items():
             view.scores, view.queries = live.scores[stream], live.queries[stream]
         if live.reopened:
@@ -250,7 +256,7 @@ class History:
         view, with what it fetches into; and the archive in host memory, if there is one."""
         kept = [t for view in self.views.values() for t in (*view.scores.values(), *view.queries.values())]
         parts = {
-            "store": sum(store.nbytes for store in self.stores.values()) + sum(t.nbytes for t in kept),
+            "store": sum(s.nbytes for s in (*self.stores.values(), *self.sums.values(), *kept)),
             "view": self.buffers.nbytes + sum(staging.nbytes for staging in self.staging.values()),
         }
         if self.archives:
@@ -279,11 +285,14 @@ class History:
     def _index(self, block: int) -> int:
         return next(i for i, b in enumerate(self.blocks) if b.id == block)
 
-    def _new_store(self, rows: int, host: bool = False) -> Store:
+    def _new_store(self, rows: int, stream: str, host: bool = False) -> Store:
         s = self.shape
         device = torch.device("cpu") if host else self.device
         pinned = host and self.device.type == "cuda"  # copies can overlap with the forwards only from pinned memory
-        return Store(s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned)
+        return Store(
+            s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned,
+            self.sums[stream],
+        )  # fmt: skip
 
     def reserve(self, tokens: int) -> None:
         """Room for so many more tokens, for good: a prompt that lies in the history has become longer."""
@@ -354,6 +363,8 @@ class History:
         for fuse, new, per_stream in list(self._fusing):
             if any(len(f.done) < layers for f in per_stream.values()):
                 continue
+            for fusing in per_stream.values():
+                fusing.finish()
             olds = [self.blocks[self._index(b)] for b in fuse.blocks]
             for stream, fusing in per_stream.items():
                 store = self.stores[stream]

@@ -98,11 +98,14 @@ class Fused(Part):
         self.at = span(held.rows)
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
+        self.rotary.rotate(self.store.k[layer][:, self.at], self.phases(layer), out=k)
+        v.copy_(self.store.v[layer][:, self.at])
+
+    def phases(self, layer: int) -> Tensor:
+        """Of every head's tokens: [B, n, H, P, 2]."""
         base, step = self.held.head_base, self.held.head_step
         assert base is not None and step is not None
-        phases = self.rotary.phases(base[layer].double() + self.shift * step[layer])  # [B, n, H, P, 2]
-        self.rotary.rotate(self.store.k[layer][:, self.at], phases, out=k)
-        v.copy_(self.store.v[layer][:, self.at])
+        return self.rotary.phases(base[layer].double() + self.shift * step[layer])
 
 
 class Chosen(Part):
@@ -172,9 +175,10 @@ class Chosen(Part):
 
 
 class Fusing(Part):
-    """Blocks being replaced by their best n tokens per layer and head, while the first forward runs.
+    """Blocks being replaced by their best n tokens per layer and head, chosen while the first forward runs.
 
-    The survivors take over the first n rows: a layer's rows are read, and then rewritten, by that layer alone.
+    Until `finish`, the survivors are read from where they lie, so that a choice made by spoilt queries can be forgotten;
+    then they take over the first n rows.
     """
 
     def __init__(
@@ -191,8 +195,9 @@ class Fusing(Part):
         shape = (layers, batch, n, heads, axes)
         base = torch.zeros(shape, dtype=torch.float32, device=store.base.device)
         self.fused = Rows(self.rows[:n], torch.arange(n), base, torch.zeros_like(base))
-        self.done: set[int] = set()
+        self.done: dict[int, Tensor] = {}  # layer → rows of the survivors [B, n, H]
         self.seen = Fused(store, rotary, self.fused, shift)
+        self.finished = False
 
     def open(self, layer: int) -> bool:
         return layer not in self.done
@@ -201,14 +206,26 @@ class Fusing(Part):
         if layer not in self.done:
             assert q is not None
             self.resolve(layer, q=q)
-        self.seen.fill(layer, k, v, None)
+        if self.finished:
+            self.seen.fill(layer, k, v, None)
+            return
+        keys, values = self._survivors(layer)
+        self.rotary.rotate(keys, self.seen.phases(layer), out=k)
+        v.copy_(values)
+
+    def finish(self) -> None:
+        """Every layer has chosen: the survivors take over."""
+        at = self.at[: self.n]
+        for layer in self.done:
+            self.store.k[layer][:, at], self.store.v[layer][:, at] = self._survivors(layer)
+        self.finished = True
 
     def resolve(self, layer: int, *, q: Tensor | None = None, keep: Tensor | None = None) -> None:
-        """Fuse one layer, keeping `keep` [B, H, n] or, if that is open, the best by the policy's score."""
-        keys, values = (t[layer].index_select(1, self.at) for t in (self.store.k, self.store.v))  # [B, M, H, D]
+        """Choose in one layer: `keep` [B, H, n] or, if that is open, the best by the policy's score."""
         base, step = self._positions(layer)  # [B, M, H, axes]
         if keep is None:
             assert q is not None and self.score is not None
+            keys = self.store.k[layer].index_select(1, self.at)  # [B, M, H, D]
             rotated = self.rotary.rotate(keys, self.rotary.phases(base + self.shift * step))
             keep = self.score(q, rotated).topk(self.n, dim=-1).indices  # [B, H, n], best first
         keep = keep.sort(-1).values if self.sort else keep
@@ -223,10 +240,14 @@ class Fusing(Part):
             base = base + (slot - time()) * step
         self.fused.head_base[layer] = base
         self.fused.head_step[layer] = step
-        at = self.at[: self.n]
-        self.store.k[layer][:, at] = gather(keys)
-        self.store.v[layer][:, at] = gather(values)
-        self.done.add(layer)
+        self.done[layer] = self.at[index[..., 0].contiguous()]  # the layout steers how kernels round
+
+    def _survivors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, of what a layer keeps: [B, n, H, D], copied."""
+        rows = self.done[layer]
+        take = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
+        head = torch.arange(rows.shape[2], device=rows.device)
+        return self.store.k[layer][take, rows, head], self.store.v[layer][take, rows, head]
 
     def _positions(self, layer: int) -> tuple[Tensor, Tensor]:
         batch, heads = self.store.k.shape[1], self.store.k.shape[3]

@@ -26,6 +26,25 @@ class Rows:
     key_sum: Tensor | None = None  # [L, B, H, D] fp32, of keys rotated in place, if a policy asked for it
 
 
+class Sums:
+    """Key sums of blocks [L, B, H, D] fp32: `size` allocated at once and handed out; more only if that was too few."""
+
+    def __init__(self, size: int, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.free = list(torch.zeros((size, *shape), device=device).unbind(0))
+        self.nbytes = sum(t.nbytes for t in self.free)
+
+    def take(self) -> Tensor:
+        if self.free:
+            return self.free.pop()
+        new = torch.zeros(self.shape, device=self.device)
+        self.nbytes += new.nbytes
+        return new
+
+    def give(self, total: Tensor) -> None:
+        self.free.append(total)
+
+
 class Store:
     """K/V rows of one stream: `k`, `v` [L, B, R, H, D], and per row `base`, `step` [R, axes] in fp64.
 
@@ -35,6 +54,7 @@ class Store:
     def __init__(
         self, layers: int, batch: int, rows: int, kv_heads: int, head_dim: int, axes: int,
         dtype: torch.dtype, device: torch.device, pinned: bool = False,
+        sums: Sums | None = None,
     ) -> None:  # fmt: skip
         shape = (layers, batch, rows, kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
@@ -43,6 +63,7 @@ class Store:
         self.step = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.used = torch.zeros(rows, dtype=torch.bool)
         self.held: dict[tuple[int, str], Rows] = {}
+        self.sums = sums or Sums(0, (layers, batch, kv_heads, head_dim), device)
 
     @property
     def size(self) -> int:
@@ -50,9 +71,10 @@ class Store:
 
     @property
     def nbytes(self) -> int:
+        """Of the rows; key sums, which may be shared with another store, are counted apart."""
         tensors = [self.k, self.v, self.base, self.step]
         for rows in self.held.values():
-            tensors += [t for t in (rows.head_base, rows.head_step, rows.key_sum) if t is not None]
+            tensors += [t for t in (rows.head_base, rows.head_step) if t is not None]
         return sum(t.nbytes for t in tensors)
 
     def take(self, key: tuple[int, str], base: Tensor, step: Tensor) -> Rows:
@@ -82,7 +104,7 @@ class Store:
         held = self.find(key)
         here = held.rows.to(self.base.device)
         there = other.take(key, self.base[here], self.step[here])
-        there.tokens, there.key_sum = held.tokens, held.key_sum
+        there.tokens, there.key_sum, held.key_sum = held.tokens, held.key_sum, None
         to, at = span(there.rows), span(held.rows)
         for own, its in ((self.k, other.k), (self.v, other.v)):
             for layer in range(own.shape[0]):
@@ -95,6 +117,8 @@ class Store:
         gone = torch.ones(len(rows.rows), dtype=torch.bool) if tokens is None else torch.isin(rows.tokens, tokens)
         self.used[rows.rows[gone]] = False
         if bool(gone.all()):
+            if rows.key_sum is not None:
+                self.sums.give(rows.key_sum)
             del self.held[key]
             return
         stay = ~gone

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention import attend
 from ..errors import LongtakeError, PlanError
-from ..plan import FULL, Choose, Entry, HistoryShape, Plan, as_tensor
+from ..plan import COMPRESSED, FULL, Choose, Entry, HistoryShape, Plan, as_tensor
 from ..rope import RotaryTable
 from .away import Fetched, Staging
 from .groups import Group, attend_in_groups, head_groups
@@ -244,7 +244,7 @@ class View:
             result.append(
                 LayerView(
                     self.rotary, live.phases[(self.stream, form)], k[:, window], v[:, window], tail, bias, prepare,
-                    self._writer(layer, held, block) if write else None,
+                    self._writer(layer, held, block, form) if write else None,
                     self._watcher(layer, observe, observed, block if write and form == FULL else None),
                     None if groups is None else groups[layer],
                 )
@@ -361,16 +361,17 @@ class View:
         shift = -back - self.plan.live_shift
         return self.rotary.rotate(total, self.rotary.phases(shift * self._step(block))) if shift else total
 
-    def _writer(self, layer: int, held: Rows, block: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def _writer(self, layer: int, held: Rows, block: int, form: str) -> Callable[[Tensor, Tensor, Tensor], None]:
         store, at = self.store, span(held.rows)
+        # blocks are chosen among in their compressed form, if they have one
+        summed = self.key_sums and (form != FULL or (self.stream, COMPRESSED) not in self.live[block].positions)
 
         def write(k: Tensor, v: Tensor, rotated: Tensor) -> None:
             store.k[layer][:, at] = k.to(store.k.dtype)
             store.v[layer][:, at] = v.to(store.v.dtype)
-            if self.key_sums:
+            if summed:
                 if held.key_sum is None:
-                    s = self.buffers.shape
-                    held.key_sum = rotated.new_zeros(s.layers, s.batch, s.kv_heads, s.head_dim, dtype=torch.float32)
+                    held.key_sum = store.sums.take()
                 held.key_sum[layer] = self._turned(rotated.float().sum(1, keepdim=True), block, 0)[:, 0]
 
         return write

@@ -53,6 +53,10 @@ class KVPolicy(ABC):
         """Most tokens in host memory besides the capacity, and most of them shown at once (`Plan.away`)."""
         return 0, 0
 
+    def summed(self, shape: HistoryShape) -> int:
+        """Most forms with key sums at once, if the policy requires "key_sums"."""
+        return 0
+
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """This policy with its own parameters chosen so that what is held takes at most `budget` bytes.
 

@@ -172,6 +172,11 @@ class PackForcing(KVPolicy):
         _, archived = self._counts(shape)
         return archived * self._block(shape), min(self.top_k, archived) * self._block(shape)
 
+    def summed(self, shape: HistoryShape) -> int:
+        if "key_sums" not in self.requires:
+            return 0
+        return sum(self._counts(shape)) + (0 if self.sink else 1)
+
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """First a smaller sink, if it must be; then an archive of up to four times `top_k` blocks, then more recent
         chunks whole, and what is left again for the archive."""
