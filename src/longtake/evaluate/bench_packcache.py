@@ -181,6 +181,8 @@ def _calibrate(bench: LumosBench, host: Lumos, clock: _Clock, frames: int) -> di
     attention = {keys: cost.forward_flops(keys)[1] for keys in (few, many)}
     per_attention = (times[many] - times[few]) / (attention[many] - attention[few])
     per_linear = (times[few] - per_attention * attention[few]) / linear
+    if per_attention <= 0 or per_linear <= 0:  # more keys took no longer: somebody else had the machine
+        return {"keys": [few, many], "seconds": [times[few], times[many]], "e": None}
     return {
         "keys": [few, many], "seconds": [times[few], times[many]], "linear_tflops": 1e-12 / per_linear,
         "attention_tflops": 1e-12 / per_attention, "e": per_attention / per_linear,
@@ -188,7 +190,7 @@ def _calibrate(bench: LumosBench, host: Lumos, clock: _Clock, frames: int) -> di
 
 
 def _bare(host: Lumos, keys: int, clock: _Clock) -> float:
-    """Median seconds of a forward that attends to `keys` in all; every layer reads the same buffer."""
+    """Least seconds of a forward that attends to `keys` in all; every layer reads the same buffer."""
     geometry = host.geometry()
     n = geometry.tokens_per_frame
     base, _ = host.positions(geometry, 0, 1)
@@ -202,7 +204,7 @@ def _bare(host: Lumos, keys: int, clock: _Clock) -> float:
         started = clock.now()
         host.model(ids, views)
         seconds.append(clock.now() - started)
-    return sorted(seconds)[len(seconds) // 2]
+    return min(seconds)
 
 
 def _rate(report: PackReport, bench: LumosBench, own: str, lengths: Sequence[tuple[int, int]]) -> None:
@@ -220,7 +222,7 @@ def _rate(report: PackReport, bench: LumosBench, own: str, lengths: Sequence[tup
             found = Ratio(pixels, latent, name, sum(full[:n]) / sum(mine[:n]), full[n - 1] / mine[n - 1])
             if budget is not None:
                 found.counted = cost.budget_speedup(latent, budget, 1.0)
-                found.predicted = cost.budget_speedup(latent, budget, e)
+                found.predicted = None if e is None else cost.budget_speedup(latent, budget, e)
             report.ratios.append(found)
 
 

@@ -117,9 +117,8 @@ class PackReport:
                 f"{name}: {sum(arm.seconds):.1f} s, {arm.seconds[0]:.3f} → {arm.seconds[-1]:.3f} s a frame, "
                 f"{arm.held_bytes[-1] / 1e6:.1f} MB held at the end, {peak}"
             )
-        lines.append(
-            f"an attention FLOP takes {self.calibration['e']:.2f} times as long as one of a matrix product here"
-        )
+        if (e := self.calibration["e"]) is not None:
+            lines.append(f"an attention FLOP takes {e:.2f} times as long as one of a matrix product here")
         words = {True: "met", False: "NOT MET", None: "not judged"}
         for t in self.targets():
             lines.append(f"{words[t.met]:>10}  {t.name} {t.limit}: {t.found}" + (f" ({t.note})" if t.note else ""))
