@@ -293,3 +293,19 @@ def test_a_chunk_at_a_time_is_a_lag_of_all_steps(distilled: MagiHost) -> None:
     take = Session(distilled, FullHistory(), prompt_embeds=words(), chunks=3, sampler=Stagger(lag=8), decode=False)
     assert len(list(take)) == 3
     assert all(not chunk for chunk in [take._staggered._denoising()])
+
+
+def test_in_bf16_embedders_norms_and_times_stay_in_fp32(tmp_path: Path) -> None:
+    folder = write_published(tmp_path, distill=True, shards=3)
+    host = longtake.load(folder, device="cpu", dtype="bfloat16")
+    kinds = {name: p.dtype for name, p in host.transformer.named_parameters()}
+    full = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert {"x_embedder.weight", "rope.bands", "final_linear.linear.weight", "t_embedder.mlp.0.weight"} <= full
+    assert "videodit_blocks.layers.0.self_attention.q_layernorm.weight" in full
+    assert "videodit_blocks.layers.0.mlp.linear_fc1.weight" not in full
+    assert host.dtype == torch.bfloat16
+    take = Session(host, prompt_embeds=words(), chunks=3, seed=5, decode=False)
+    made = latents(take)
+    assert made.dtype == torch.float32 and take.history.stores["cond"].k.dtype == torch.bfloat16
+    exact = latents(Session(longtake.load(folder, device="cpu"), prompt_embeds=words(), chunks=3, seed=5, decode=False))
+    assert (made - exact).norm() / exact.norm() < 0.05
