@@ -112,8 +112,9 @@ def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostCo
             f"{' or '.join(KNOWN_CAUSAL)}, convert a checkpoint with `longtake convert`, or say causal=True (--causal) "
             "if these weights are causal"
         )
-    if family not in FAMILIES:
-        raise LongtakeError(f"causal={family!r}: use True or one of {', '.join(FAMILIES)}")
+    known = [name for name, preset in FAMILIES.items() if preset.host == "wan"]
+    if family not in known:
+        raise LongtakeError(f"causal={family!r}: use True or one of {', '.join(known)}")
     return FAMILIES[family].config()
 
 

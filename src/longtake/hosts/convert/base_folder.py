@@ -2,17 +2,20 @@
 
 import os
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import LongtakeError
+from .families import Family
 from .reading import read_json
 from .wording import first_line
 
 _COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
-_TRANSFORMER_CLASSES = ("WanTransformer3DModel", "CausalWanTransformer3DModel")
+_SKYREELS = "SkyReelsV2Transformer3DModel"
+_TRANSFORMER_CLASSES = ("WanTransformer3DModel", "CausalWanTransformer3DModel", _SKYREELS)
 
 
 def locate(base: str | Path) -> Path:
@@ -43,17 +46,24 @@ def _download(repo: str) -> Path:
         ) from None
 
 
-def skeleton(base: Path) -> Any:
-    """The base's transformer without memory (meta tensors)."""
-    from diffusers import WanTransformer3DModel
+def skeleton(base: Path, family: Family) -> Any:
+    """The transformer to be filled, without memory (meta tensors): the base's, or for a SkyReels-V2 checkpoint over a
+    Wan base the same sizes in SkyReels-V2's class."""
+    from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 
     path = base / "transformer" / "config.json"
     config = read_json(path)
-    if (kind := config.get("_class_name")) not in _TRANSFORMER_CLASSES:
+    kind = config.get("_class_name")
+    if kind not in _TRANSFORMER_CLASSES or (kind == _SKYREELS and family.skyreels is None):
         raise LongtakeError(f"base {base} holds a {kind}; give a Wan model (WanTransformer3DModel)")
+    network = WanTransformer3DModel
+    if family.skyreels is not None:
+        network = SkyReelsV2Transformer3DModel
+        own = {} if kind == _SKYREELS else {"inject_sample_info": "1.3b" in family.skyreels}
+        config = {k: v for k, v in config.items() if k in signature(network).parameters} | own
     try:
         with torch.device("meta"):
-            return WanTransformer3DModel.from_config(config)
+            return network.from_config(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise LongtakeError(f"{path} describes no Wan transformer ({first_line(error)}); restore the base") from None
 
@@ -77,6 +87,11 @@ def component_files(base: Path) -> list[tuple[Path, Path]]:
     ]
 
 
-def pipeline_index(base: Path) -> dict[str, Any]:
+def pipeline_index(base: Path, family: Family) -> dict[str, Any]:
     """The base's model_index.json with the stock class: some publishers name a class that only their code has."""
-    return read_json(base / "model_index.json") | {"transformer": ["diffusers", "WanTransformer3DModel"]}
+    if family.skyreels is None:
+        return read_json(base / "model_index.json") | {"transformer": ["diffusers", "WanTransformer3DModel"]}
+    index = read_json(base / "model_index.json") | {"transformer": ["diffusers", _SKYREELS]}
+    known = ("_diffusers_version", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # Wan's has more
+    kept = {name: value for name, value in index.items() if name in known}
+    return {"_class_name": "SkyReelsV2DiffusionForcingPipeline"} | kept

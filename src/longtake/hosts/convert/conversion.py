@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import LongtakeError
+from ..base import HostConfig
 from .base_folder import component_files, layout_of, locate, pipeline_index, skeleton
 from .families import Family, family_of
 from .lora import merge_lora
@@ -15,6 +16,10 @@ from .reading import choose, open_checkpoint, sha256, unwrap
 from .staging import Staging, check_out
 from .writing import check_space, copy_components, write_json, write_transformer
 
+_ALWAYS = {  # what longtake.json says even where it is usual
+    "format", "host", "causal", "chunk_frames", "timesteps", "shift", "guidance_scale", "fps", "height", "width",
+    "text_tokens", "training_frames", "window", "sink",
+}  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -66,11 +71,11 @@ def convert(
         weights, ema_used = choose(open_checkpoint(source, files), source, asked=ema, default=preset.ema)
         adapter = unwrap(open_checkpoint(lora, files), "generator_lora", "state_dict", "model") if lora else {}
         base_folder = locate(base)
-        model = skeleton(base_folder)
+        model = skeleton(base_folder, preset)
         layout = layout_of(model, dtype)
         tensors = match(weights, layout, source)
         merged = merge_lora(adapter, tensors, lora_scale, lora) if lora else {}
-        components, index = component_files(base_folder), pipeline_index(base_folder)
+        components, index = component_files(base_folder), pipeline_index(base_folder, preset)
         check_space(out, layout, components)
         origin: dict[str, Any] = {"file": source.name, "sha256": sha256(source), "family": name, "ema": ema_used}
         if lora:
@@ -83,7 +88,7 @@ def convert(
     return {
         "out": str(out),
         "base": str(base),
-        "host": "wan",
+        "host": preset.host,
         "family": name,
         "ema": ema_used,
         "dtype": str(dtype).removeprefix("torch."),
@@ -105,6 +110,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _description(preset: Family, origin: dict[str, Any]) -> dict[str, Any]:
     """`longtake.json`: how a host runs the family, and where these weights came from."""
-    settings = preset.config().as_dict()
-    del settings["prompts"], settings["about"]  # a checkpoint says neither
-    return settings | {"source": origin}
+    settings, usual = preset.config().as_dict(), HostConfig().as_dict()
+    kept = {name: value for name, value in settings.items() if name in _ALWAYS or value != usual.get(name)}
+    return kept | {"source": origin}

@@ -26,9 +26,19 @@ class Family:
     """Frames attended, sink and current chunk included; None: all that were generated."""
     sink: int = 0
     note: str | None = None
+    skyreels: str | None = None
+    """Of SkyReels-V2 diffusion forcing, the size: the transformer is Wan's with a frame-rate embedding (1.3B only)."""
+
+    @property
+    def host(self) -> str:
+        return "wan" if self.skyreels is None else "skyreels"
 
     def config(self) -> HostConfig:
         """The settings a host runs it with."""
+        if self.skyreels is not None:
+            from ..skyreels import settings
+
+            return settings(self.skyreels, {"num_layers": 30 if "1.3b" in self.skyreels else 40})
         from ..base import HostConfig  # comes with torch, which the table below does not need
 
         return HostConfig(
@@ -61,6 +71,9 @@ FAMILIES: dict[str, Family] = {
         sink=3,
         note="trained to denoise five chunks at staggered noise levels; longtake.json runs one chunk at a time",
     ),
+    "skyreels-v2-df-1.3b": Family(ema=False, skyreels="1.3b-540p"),
+    "skyreels-v2-df-14b": Family(ema=False, skyreels="14b-540p"),
+    "skyreels-v2-df-14b-720p": Family(ema=False, skyreels="14b-720p"),
 }
 
 
@@ -82,6 +95,8 @@ def _named_families(text: str) -> list[str]:
     """Families that a file (and folder) name spells out. LongLive 2 is another model and is none of them."""
     text = re.sub(r"[-_. ]", "", text.lower())
     found = [name for name in ("self-forcing", "rolling-forcing") if name.replace("-", "") in text]
+    if size := re.search(r"skyreelsv2df(13|14)b(540p|720p)?", text):
+        found.append("skyreels-v2-df-1.3b" if size[1] == "13" else f"skyreels-v2-df-14b{'-720p' * (size[2] == '720p')}")
     if "longlive" in text and "longlive2" not in text:
         found.append("longlive")
     if "causalforcing" in text:

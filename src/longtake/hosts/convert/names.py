@@ -13,6 +13,9 @@ _GLOBAL_MODULES = {
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "head.head": "proj_out",
+    "fps_embedding": "fps_embedding",  # SkyReels-V2 alone
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
     "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
     "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
