@@ -255,6 +255,7 @@ class Session:
             self._obey()
             self._begin()
             block = self._admit(span)
+            self._unobserved = True  # no step comes before the commit pass, which is looked at in its place
             try:
                 written = self._write(part, block, Clock(), given=True)
                 if not (self.sampler.sound(part) & torch.isfinite(written).all()).item():
