@@ -710,3 +710,83 @@ def test_the_default_policy_is_the_window_the_model_was_made_for():
     assert Session(tiny_wan(), prompt_embeds=text(), decode=False).policy == SlidingWindow(12, sink=3)
     assert isinstance(Session(tiny_wan(window=6, sink=0), prompt_embeds=text(), decode=False).policy, KVPolicy)
     assert Session(tiny_wan(window=6, sink=0), prompt_embeds=text(), decode=False).policy == SlidingWindow(6, sink=0)
+
+
+# --- given latents ----------------------------------------------------------------------------------------------------
+
+
+# What they forget is decided by the queries of noisy steps, which a given chunk has none of.
+ASK_STEPS = ("deep-forcing", "flowcache")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ASK_STEPS])
+def test_a_take_extended_with_its_own_latents_is_the_take(name):
+    made = take_of(policy=small(name), seed=4)
+    latents = latents_of(made, 5)
+    given = take_of(made.host, small(name), seed=4)
+    given.extend(latents[None, :, :6])
+    given.extend(latents[None, :, 6:])
+    assert (given.frame, given.index) == (made.frame, made.index)
+    seen, found = made.history.table(), given.history.table()
+    assert [(b.frame, b.span, b.role, set(b.forms)) for b in seen.blocks] == [
+        (b.frame, b.span, b.role, set(b.forms)) for b in found.blocks
+    ]
+    for stream, store in made.history.stores.items():
+        other = given.history.stores[stream]
+        assert torch.equal(store.used, other.used)
+        assert torch.equal(store.k[:, :, store.used], other.k[:, :, other.used])
+        assert torch.equal(store.v[:, :, store.used], other.v[:, :, other.used])
+    given.noise = made.noise
+    state = made.noise.state()
+    expected = next(made).latents
+    made.noise.restore(state)
+    torch.testing.assert_close(next(given).latents, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ASK_STEPS)
+def test_policies_that_ask_the_steps_take_given_chunks_too(name):
+    made, given = (take_of(policy=small(name), seed=4) for _ in range(2))
+    latents = latents_of(made, 6)
+    given.extend(latents[None])
+    held = [sum(form.count for b in take.history.blocks for form in b.forms.values()) for take in (made, given)]
+    assert held[0] == held[1] < 6 * 18 and given.frame == made.frame
+    given.noise, state = made.noise, made.noise.state()
+    expected = next(made).latents
+    made.noise.restore(state)
+    found = next(given).latents
+    assert found.isfinite().all() and not torch.equal(found, expected)
+
+
+def test_frames_of_given_latents_are_not_given_again():
+    host = tiny_wan(vae=True)
+    made, given = (take_of(host, decode=True, seed=1) for _ in range(2))
+    first = next(made)
+    given.extend(first.latents[None])
+    assert given.stats.chunks == 0
+    given.noise = made.noise
+    state = made.noise.state()
+    expected = next(made).frames
+    made.noise.restore(state)
+    assert torch.equal(next(given).frames, expected), "the decoder went on from the given latents"
+
+
+def test_one_given_video_serves_all_takes_in_lockstep():
+    host, given = tiny_wan(), torch.randn(1, 4, 3, 4, 6)
+    both, alone = take_of(host, prompt_embeds=text(2), seed=[5, 8]), take_of(host, prompt_embeds=text(2)[1:], seed=8)
+    both.extend(given)
+    alone.extend(given)
+    torch.testing.assert_close(next(both).latents[1], next(alone).latents, **CLOSE)
+
+
+def test_latents_that_cannot_be_committed_are_refused_and_change_nothing():
+    take = take_of(chunks=2)
+    size = (take.geometry.channels, 3, *take.geometry.latent_size)
+    for shape in ((2, *size), (1, size[0], 4, *size[2:]), (1, size[0] + 1, *size[1:]), size):
+        with pytest.raises(LongtakeError, match="whole chunks"):
+            take.extend(torch.zeros(shape))
+    with pytest.raises(NonFiniteError, match="given chunk 0"):
+        take.extend(torch.full((1, *size), float("nan")))
+    assert (take.frame, take.index) == (0, 0) and not take.history.table().blocks
+    take.extend(torch.zeros(1, *size).repeat(1, 1, 2, 1, 1))
+    with pytest.raises(LongtakeError, match="2 chunks and all of them are there"):
+        take.extend(torch.zeros(1, *size))

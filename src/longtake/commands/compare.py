@@ -14,70 +14,94 @@ from ..errors import LongtakeError
 from . import options, shell
 from .progress import CountProgress
 
+FEWEST, MOST = 12, 200  # true latent frames
+
 
 def compare(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for cells, summary.json and report.html.")],
-    model: Annotated[list[str], typer.Option("--model", "-m", help="Model trained on the world; repeatable.")] = [  # noqa: B006
-        "tiny-wan"
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for cells, summary.json and report.html.")
     ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", metavar="NAME|DIR", help="Model trained on the world; repeatable.",
+            show_default="every embedded one",
+        ),
+    ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="name[:key=value,…]; repeatable. Default: every policy.")
+        list[str] | None,
+        typer.Option(
+            "--policy", "-p", metavar="NAME[:KEY=VALUE,…]|FILE.py:CLASS", help="KV policy; repeatable.",
+            show_default="every policy that has a name",
+        ),
     ] = None,
     budget: Annotated[
-        list[int] | None, typer.Option("--budget", help="History budget, in latent frames of full K/V; repeatable.")
+        list[int] | None,
+        typer.Option(
+            "--budget", metavar="N", help="History budget, in latent frames of full K/V; repeatable.",
+            show_default="a third, two thirds and all of a training clip",
+        ),
     ] = None,
-    protocol: Annotated[list[str], typer.Option("--protocol", help="A, B, or both (repeat it).")] = ["A"],  # noqa: B006
-    seeds: Annotated[int, typer.Option("--seeds", help="Scenes per arm.")] = 32,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option("--protocol", metavar="A|B", help="A, B, or both (repeat it).", show_default="A"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Scenes of every arm.")] = 32,
     frames: Annotated[
-        int, typer.Option("--frames", help="Protocol A: true latent frames committed, at most 200.")
+        int, typer.Option("--frames", metavar="N", help=f"True latent frames committed, {FEWEST} to {MOST}.")
     ] = 120,
-    free: Annotated[int, typer.Option("--free", help="Protocol B: latent frames of the free run.")] = 504,
+    free: Annotated[int, typer.Option("--free", metavar="N", help="Protocol B: latent frames of the free run.")] = 504,
     gap: Annotated[
         list[int] | None,
-        typer.Option("--gap", help="Latent frames an actor may be hidden; repeatable. Default: 1 to 64."),
+        typer.Option(
+            "--gap", metavar="N", help="Latent frames for which an actor may be hidden; repeatable.",
+            show_default="1, 2, 4 … 64",
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes, one thread each.")] = 1,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, …")] = None,
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes, one thread each.")] = 1,
+    device: options.Device = None,
     as_json: options.AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Compare KV policies at equal budgets on the procedural world, with controls; resumable.
 
-    Stopped runs go on with the same command: finished cells stand in OUT/cells and are never made again.
+    A stopped run goes on with the same command: finished cells stand in DIR/cells and are never made again.
     """
-    import torch
+    wanted = tuple(dict.fromkeys(protocol or ("A",)))
+    if not FEWEST <= frames <= MOST:
+        raise LongtakeError(f"--frames {frames}: give {FEWEST} to {MOST} latent frames")
+    if free < 6:
+        raise LongtakeError(f"--free {free}: give at least 6 latent frames")
+    if unknown := sorted(set(wanted) - {"A", "B"}):
+        raise LongtakeError(f"--protocol {unknown[0]}: give A or B")
+    for option, values in (("--workers", [workers]), ("--seeds", [seeds]), ("--gap", gap), ("--budget", budget)):
+        if values and min(values) < 1:
+            raise LongtakeError(f"{option} {min(values)}: give at least 1")
 
     from ..evaluate.compare.cells import Store
     from ..evaluate.compare.protocols import Setting
     from ..evaluate.compare.report import page
-    from ..evaluate.compare.runner import Plan, cells, execute
+    from ..evaluate.compare.runner import Plan, cells, default_models, execute, origin, training_frames
     from ..evaluate.compare.summary import summarise
-    from ..evaluate.provenance import provenance, write_atomically
-    from ..hosts.loading import load
+    from ..evaluate.provenance import write_atomically
     from ..zoo.lanes import GAPS
 
-    if not 12 <= frames <= 200:
-        raise LongtakeError(f"--frames {frames}: give 12 to 200 latent frames")
-    if free < 6:
-        raise LongtakeError(f"--free {free}: give at least 6 latent frames")
-    if unknown := sorted(set(protocol) - {"A", "B"}):
-        raise LongtakeError(f"--protocol {unknown[0]}: give A or B (C is A on a short and a long model: two --model)")
-    if workers < 1:
-        raise LongtakeError(f"--workers {workers}: give at least 1")
-    if (gap and min(gap) < 1) or (budget and min(budget) < 1):
-        raise LongtakeError("--gap and --budget take whole numbers from 1 up")
     shell.check_device(device)
     shell.hush()
-    settings = tuple(Setting(name, frames, tuple(gap or GAPS), free) for name in dict.fromkeys(protocol))
-    plan = Plan(tuple(model), tuple(policy or ()), tuple(budget or ()), seeds, settings, device)
+    settings = tuple(Setting(name, frames, tuple(sorted(set(gap or GAPS))), free) for name in wanted)
+    models = tuple(dict.fromkeys(model or default_models()))
+    plan = Plan(models, tuple(policy or ()), tuple(budget or ()), seeds, settings, device)
     notes: list[str] = []
     todo, store = cells(plan, notes), Store(out)
     with CountProgress("comparing") as advance:
-        execute(plan, todo, store, out, workers, advance)
-    training = {name: load(name, device="cpu").config.training_frames for name in plan.models}
+        notes += execute(plan, todo, store, out, workers, advance, shell.hush)
     summary = {
         "command": shlex.join(["longtake", *sys.argv[1:]]), "notes": notes, "cells": len(todo),
-        "origin": provenance(torch.device(device or "cpu")), **summarise(todo, store, training),
+        "finished": sum(cell in store for cell in todo), "origin": origin(plan),
+        **summarise(todo, store, training_frames(plan)),
     }  # fmt: skip
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "report.html", page(summary).encode())
-    shell.answer(summary, f"{out / 'report.html'}: {len(todo)} cells, {len(summary['tables'])} tables", as_json)
+    text = f"{out / 'report.html'}: {summary['finished']} of {len(todo)} cells, {len(summary['tables'])} tables"
+    if notes:
+        text += f", {len(notes)} notes"
+    shell.answer(summary, text, as_json)

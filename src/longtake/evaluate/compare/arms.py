@@ -8,8 +8,7 @@ from typing import Any
 
 from ...errors import LongtakeError
 from ...plan import HistoryShape
-from ...policies import KVPolicy, SlidingWindow, registry
-from ...policies.full_history import FullHistory
+from ...policies import FullHistory, KVPolicy, SlidingWindow, registry
 
 TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED = "truth", "frozen", "loop", "no history", "shuffled"
 CONTROLS = (TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED)
@@ -37,7 +36,7 @@ def controls(shape: HistoryShape) -> list[Arm]:
     return [Arm(name, policies.get(name), name) for name in CONTROLS]
 
 
-def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes: list[str] | None = None) -> list[Arm]:
+def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes: list[str]) -> list[Arm]:
     """Policies of `specs` ("window:sink=0", "packcache", …; empty: all that have a name, the window also without a
     sink), each fitted to the bytes of so many latent frames of K/V.
 
@@ -45,25 +44,23 @@ def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes
     `notes`. Raises LongtakeError for an unknown policy.
     """
     found: list[Arm] = []
-    for spec in specs or every():
+    for spec in dict.fromkeys(specs or every()):
         policy = registry.parse(spec)
         if isinstance(policy, FullHistory):
-            found.append(Arm(spec, policy))
-            continue
-        fitted: list[tuple[int | None, KVPolicy]] = []
-        for budget in (n * shape.frame_bytes for n in frames):
+            candidates: list[tuple[int | None, KVPolicy]] = [(None, policy)]
+        else:
+            candidates = _fitted(spec, policy, [n * shape.frame_bytes for n in dict.fromkeys(frames)], shape, notes)
+        for budget, chosen in candidates:
+            name = spec if budget is not None or isinstance(policy, FullHistory) else f"{spec} (not fitted)"
             try:
-                fitted.append((budget, policy.fit(budget, shape)))
+                chosen.settle(shape).check(shape)
             except LongtakeError as error:
-                (notes if notes is not None else []).append(f"{spec} at {budget} bytes: {error}")
-        for budget, chosen in fitted or [(None, policy)]:
-            try:
-                chosen.check(shape)
-            except LongtakeError as error:
-                (notes if notes is not None else []).append(f"{spec}: {error}")
+                notes.append(f"{_at(spec, budget)}: {error}")
                 continue
-            if not any(arm.policy == chosen and arm.name == spec for arm in found):
-                found.append(Arm(spec, chosen, budget=budget))
+            if same := next((arm for arm in found if arm.policy == chosen), None):
+                notes.append(f"{_at(spec, budget)} is the same policy as {_at(same.name, same.budget)}")
+                continue
+            found.append(Arm(name, chosen, budget=budget))
     return found
 
 
@@ -77,3 +74,19 @@ def every() -> list[str]:
             continue
         names += ["window:sink=0", "window"] if name == "window" else [name]
     return names
+
+
+def _fitted(
+    spec: str, policy: KVPolicy, budgets: Sequence[int], shape: HistoryShape, notes: list[str]
+) -> list[tuple[int | None, KVPolicy]]:
+    found: list[tuple[int | None, KVPolicy]] = []
+    for budget in sorted(budgets):
+        try:
+            found.append((budget, policy.fit(budget, shape)))
+        except LongtakeError as error:
+            notes.append(f"{_at(spec, budget)}: {error}")
+    return found or [(None, policy)]
+
+
+def _at(spec: str, budget: int | None) -> str:
+    return spec if budget is None else f"{spec} at {budget // 1024} KiB"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from ..provenance import read_json, write_atomically
 from .arms import Arm
 from .protocols import Setting
 
+FORMAT = 1  # of outcomes
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "compressor")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -21,6 +24,7 @@ class Cell:
 
     model: str
     weights: str  # hash of the model's files
+    dtype: str
     arm: Arm
     seed: int
     setting: Setting
@@ -29,14 +33,16 @@ class Cell:
     def facts(self) -> dict[str, Any]:
         """What decides the outcome."""
         return {
-            "model": self.model, "weights": self.weights, "arm": self.arm.as_dict(), "seed": self.seed,
-            "setting": self.setting.as_dict(),
+            "format": FORMAT, "model": self.model, "weights": self.weights, "dtype": self.dtype,
+            "arm": self.arm.as_dict(), "seed": self.seed, "setting": self.setting.as_dict(),
         }  # fmt: skip
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Sixteen hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """Sixteen hexadecimal digits. What the model is called, and the arm, decides nothing."""
+        facts = {**self.facts, "arm": {**self.arm.as_dict(), "name": ""}}
+        del facts["model"]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Store:
@@ -61,20 +67,20 @@ class Store:
         """A finished cell's content. Raises LongtakeError if the file is damaged."""
         return read_json(self._path(cell))
 
-    def missing(self, cells: list[Cell]) -> Iterator[Cell]:
-        """Those that are not finished, in order."""
-        return (cell for cell in cells if cell not in self)
-
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key}.json"
 
 
+def label_of(cell: Cell) -> str:
+    """An arm's name with its budget in KiB."""
+    return cell.arm.name if cell.arm.budget is None else f"{cell.arm.name} @ {cell.arm.budget // 1024} KiB"
+
+
 def fingerprint(folder: Path) -> str:
-    """Hash of a model folder's weights and settings."""
+    """Hash of what a model folder computes with: its description and its parts; notes of the training do not count."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.name != "training.json"
-    ):
+    files = [folder / "longtake.json", *(path for part in PARTS for path in (folder / part).rglob("*"))]
+    for path in sorted(path for path in files if path.suffix in (".json", ".safetensors") and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ...decoding import encode
-from ...hosts.base import Host
+from ...hosts.base import Decoder, Host
 from ...zoo import lanes, readback
 from ..provenance import write_atomically
 
@@ -30,14 +32,51 @@ class Probe:
     events: tuple[readback.Return, ...]
 
 
-def scene_of(seed: int, frames: int, gaps: Sequence[int]) -> lanes.Scene:
-    """The scene of a comparison's seed; a chunk or two longer than its true frames."""
-    return lanes.scene(FIRST_SEED + seed, frames + 16, gaps)
+class Footage:
+    """The scene of one seed, and what all arms share of it: true latents, warm decoders, lawful pictures.
+
+    `frames` latent frames may be asked for; latents are kept in the folder `cache`, if there is one.
+    """
+
+    def __init__(self, host: Host, seed: int, frames: int, gaps: Sequence[int], cache: Path | None = None) -> None:
+        self.host, self.seed, self.frames, self.cache = host, seed, frames, cache
+        self.scene = lanes.scene(FIRST_SEED + seed, frames + 16, gaps)
+        self._latents: dict[tuple[int, bool], Tensor] = {}
+        self._warm: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        self._lawful: dict[tuple[int, int], np.ndarray] = {}
+
+    def latents(self, frames: int, disguised: bool = False) -> Tensor:
+        """True latents [1, C, frames, h, w] from the beginning, or those of the scene with everybody disguised."""
+        if (found := self._latents.get((frames, disguised))) is None:
+            name = f"{self.seed}-{self.frames}-{frames}{'-disguised' * disguised}.safetensors"
+            scene = self.scene.disguised(self.seed) if disguised else self.scene
+            found = true_latents(self.host, scene, frames, self.cache and self.cache / name)
+            self._latents[frames, disguised] = found
+        return found
+
+    def pixels(self, frame: int, latents: Tensor) -> np.ndarray:
+        """uint8 [T, H, W, 3]: the frames of `latents` [1, C, f, h, w] that follow the true latent frame `frame` - 1."""
+        decoder = self.host.decoder()
+        with _fast(self.host):
+            if frame not in self._warm:
+                longest = max(found for found, disguised in self._latents if not disguised)
+                if frame:
+                    decoder.push(self.latents(longest)[:, :, max(0, frame - WARM) : frame])
+                self._warm[frame] = decoder.state_dict()
+            else:
+                decoder.load_state_dict(*self._warm[frame])
+            return _push(decoder, latents)
+
+    def lawful(self, start: int, frames: int) -> np.ndarray:
+        """The true picture, pixel frames from `start` on."""
+        if (start, frames) not in self._lawful:
+            self._lawful[start, frames] = self.scene.render(frames, start)
+        return self._lawful[start, frames]
 
 
-def probes(scene: lanes.Scene, frames: int, chunk: int, chunks: int = 2) -> list[Probe]:
-    """Where to generate `chunks` chunks after at most `frames` true latent frames, in time order; where there are too
-    many, long gaps come first: they are rare.
+def probes(scene: lanes.Scene, frames: int, chunk: int) -> list[Probe]:
+    """Where to generate after at most `frames` true latent frames, in time order; where there are too many, long gaps
+    come first: they are rare.
 
     A probe lies on the border of a chunk, and at least one return begins in its first chunk.
     """
@@ -60,17 +99,21 @@ def true_latents(host: Host, scene: lanes.Scene, frames: int, cache: Path | None
         begin = lanes.STRIDE * (first - warm)  # the piece's own frame 0 is a single pixel frame
         video = scene.render(lanes.STRIDE * (length - 1) + 1, begin)
         pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-        parts.append(encode(host.vae, pixels).float().cpu()[:, :, warm:])  # type: ignore[attr-defined]
+        with _fast(host):
+            encoded = encode(host.vae, pixels)  # type: ignore[attr-defined]
+        parts.append(encoded.float().cpu()[:, :, warm:])
     latents = torch.cat(parts, 2)
     if cache is not None:
         write_atomically(cache, save({"latents": latents.contiguous()}))
     return latents
 
 
-def pixels_of(host: Host, before: Tensor, latents: Tensor) -> np.ndarray:
-    """uint8 [T, H, W, 3]: the frames of `latents` [1, C, f, h, w] that follow the latents `before`."""
-    decoder = host.decoder()
-    warm = before[:, :, -WARM:]
-    if warm.shape[2]:
-        decoder.push(warm)
+def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
     return decoder.push(latents)[0].cpu().numpy()
+
+
+def _fast(host: Host) -> contextlib.AbstractContextManager[Any]:
+    """Halves for the autoencoder on a CPU that has them: a third of the time, and two grey levels of 255 at most."""
+    if torch.device(host.device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()

@@ -1,27 +1,37 @@
-"""Running a comparison: every missing cell once, in processes of its own if wanted, then the summary and the report."""
+"""Running a comparison: every missing cell once, in processes of its own if wanted."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import LongtakeError
-from ...hosts.base import Host
+from ...hosts.base import Host, HostConfig
 from ...hosts.loading import embedded, load
 from ...plan import HistoryShape
+from ...policies import registry
 from ...session import history_shape
 from ...zoo import lanes
 from ..provenance import provenance
 from .arms import Arm, arms, controls
-from .cells import Cell, Store, fingerprint
+from .cells import Cell, Store, fingerprint, label_of
+from .footage import Footage
 from .protocols import Setting, run
+
+WORLD = "lanes"
 
 Progress = Callable[[int, int, str], None]
 
@@ -38,54 +48,62 @@ class Plan:
     device: str | None = None
 
 
+def default_models() -> tuple[str, ...]:
+    """The embedded models that were trained on the world. Raises LongtakeError if there is none."""
+    found = tuple(name for name, folder in embedded().items() if HostConfig.read(folder).world == WORLD)
+    if not found:
+        raise LongtakeError(
+            "no embedded model was trained on the procedural world: give --model with a folder that "
+            "`longtake train tiny-wan` wrote"
+        )
+    return found
+
+
 def cells(plan: Plan, notes: list[str]) -> list[Cell]:
-    """All cells of a plan, seeds outermost, so that whatever is finished is a fair sample. Raises LongtakeError."""
+    """All cells of a plan, seeds outermost, so that whatever is finished is a fair sample. Why a policy is not among
+    them goes into `notes`. Raises LongtakeError for a model or a policy that cannot be compared."""
     if plan.seeds < 1:
         raise LongtakeError(f"{plan.seeds} seeds: give at least 1")
-    listed: list[tuple[str, str, list[Arm]]] = []
+    listed: list[tuple[str, str, str, list[Arm]]] = []
     for model in plan.models:
-        host = load(model, device="cpu")
-        _check(host, model)
+        host = _host(model, plan.device)
+        if getattr(host, "vae", None) is None or host.config.world != WORLD:
+            raise LongtakeError(
+                f"{model} was not trained on the procedural world, so there is no ground truth to read it against: "
+                "give a folder that `longtake train tiny-wan` wrote"
+            )
         shape = shape_of(host)
-        listed.append((model, fingerprint(_folder(model)), controls(shape) + arms(
-            plan.policies, plan.budgets or default_budgets(host), shape, notes
-        )))  # fmt: skip
+        rows = [*controls(shape), *arms(plan.policies, plan.budgets or default_budgets(host.config), shape, notes)]
+        folder = embedded().get(model) or Path(model).expanduser()
+        listed.append((model, fingerprint(folder), str(host.dtype).removeprefix("torch."), rows))
     return [
-        Cell(model, weights, arm, seed, setting)
+        Cell(model, weights, dtype, arm, seed, setting)
         for seed in range(plan.seeds)
         for setting in plan.settings
-        for model, weights, rows in listed
+        for model, weights, dtype, rows in listed
         for arm in rows
     ]
 
 
 def execute(
-    plan: Plan, todo: Sequence[Cell], store: Store, folder: Path, workers: int = 1, progress: Progress | None = None
-) -> None:
-    """Make every cell of `todo` that is not in the store."""
+    plan: Plan, todo: Sequence[Cell], store: Store, folder: Path, workers: int = 1,
+    progress: Progress = lambda done, total, last: None, prepare: Callable[[], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Make every cell of `todo` that is not in the store; returns a line for every arm that failed, once. Failed cells
+    are tried again by the next run. `prepare` is called once in every worker process."""
     missing = [cell for cell in todo if cell not in store]
-    done = len(todo) - len(missing)
-    if progress:
-        progress(done, len(todo), "")
-    if workers <= 1:
-        for cell in missing:
-            _make(cell, store, folder, plan.device)
-            done += 1
-            if progress:
-                progress(done, len(todo), cell.arm.name)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        jobs = {pool.submit(_make, cell, store, folder, plan.device): cell for cell in missing}
-        try:
-            for job in as_completed(jobs):
-                job.result()
-                done += 1
-                if progress:
-                    progress(done, len(todo), jobs[job].arm.name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    done, failed = len(todo) - len(missing), dict[str, list[int]]()
+    progress(done, len(todo), "")
+    if workers > 1:
+        work = _apart(plan, missing, store, folder, workers, prepare)
+    else:
+        work = ((cell, make(cell, store, folder, plan.device)) for cell in missing)
+    for cell, error in work:
+        done += 1
+        progress(done, len(todo), cell.arm.name)
+        if error:
+            failed.setdefault(f"{label_of(cell)}: {error}", []).append(cell.seed)
+    return [f"{line} ({_counted(len(seeds))}, first {min(seeds)})" for line, seeds in failed.items()]
 
 
 def shape_of(host: Host) -> HistoryShape:
@@ -93,42 +111,101 @@ def shape_of(host: Host) -> HistoryShape:
     return history_shape(host, host.geometry(lanes.SIZE, lanes.SIZE))
 
 
-def default_budgets(host: Host) -> tuple[int, ...]:
-    """A third, two thirds and all of a training clip, in latent frames, whole chunks, at least three chunks."""
-    chunk, clip = host.config.chunk_frames, host.config.training_frames
-    return tuple(sorted({max(3 * chunk, clip * part // 3 // chunk * chunk) for part in (1, 2, 3)}))
+def training_frames(plan: Plan) -> dict[str, int]:
+    """Latent frames of a training clip, by model."""
+    return {model: _host(model, plan.device).config.training_frames for model in plan.models}
 
 
-_HOSTS: dict[tuple[str, str | None], Host] = {}
+def origin(plan: Plan) -> dict[str, Any]:
+    """Where the cells that this process makes come from."""
+    return _origin(str(_host(plan.models[0], plan.device).device))
 
 
-def _make(cell: Cell, store: Store, folder: Path, device: str | None) -> None:
-    if cell in store:  # another process was faster
-        return
-    host = _HOSTS.setdefault((cell.model, device), load(cell.model, device=device))
-    cache = folder / "truth" / cell.weights / f"{cell.setting.frames}-{'-'.join(map(str, cell.setting.gaps))}"
+def default_budgets(config: HostConfig) -> tuple[int, ...]:
+    """About a third, two thirds and all of a training clip, in latent frames: whole chunks, three at least, all
+    different."""
+    chunk, budgets = config.chunk_frames, list[int]()
+    for part in (1, 2, 3):
+        least = budgets[-1] + chunk if budgets else 3 * chunk
+        budgets.append(max(least, config.training_frames * part // 3 // chunk * chunk))
+    return tuple(budgets)
+
+
+def make(cell: Cell, store: Store, folder: Path, device: str | None) -> str:
+    """Make one cell and keep it; if its arm fails, the first line of why."""
+    if cell in store:  # made by another run meanwhile
+        return ""
+    host = _host(cell.model, device)
+    footage = _footage(cell.model, device, cell.weights, cell.seed, cell.setting, folder)
     started = time.perf_counter()
-    outcome = run(host, cell.arm, cell.seed, cell.setting, cache)
+    try:
+        outcome = run(cell.arm, footage, cell.setting)
+    except Exception as error:  # a policy may be anybody's
+        lines = str(error).splitlines() or [""]
+        return lines[0] if isinstance(error, LongtakeError) else f"{type(error).__name__}: {lines[0]}"
     seconds = round(time.perf_counter() - started, 3)
-    store.put(cell, outcome, {**provenance(torch.device(host.device)), "seconds": seconds})
+    store.put(cell, outcome, {**_origin(str(host.device)), "seconds": seconds})
+    return ""
 
 
-def _one_thread() -> None:
+def _apart(
+    plan: Plan, missing: list[Cell], store: Store, folder: Path, workers: int, prepare: Callable[[], None] | None
+) -> Iterator[tuple[Cell, str]]:
+    # A pool of one process for each worker, and all cells of a seed in one of them: its frames are encoded once.
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"mp_context": context, "initializer": _begin, "initargs": (plan.policies, prepare)}
+        pools = [ProcessPoolExecutor(1, **options) for _ in range(min(workers, plan.seeds))]
+        for pool in pools:
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        jobs: dict[Future[str], Cell] = {
+            pools[cell.seed % len(pools)].submit(make, cell, store, folder, plan.device): cell for cell in missing
+        }
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BrokenProcessPool:
+            raise LongtakeError(
+                "a worker process was killed, perhaps for want of memory: the same command goes on, with fewer "
+                "--workers if need be"
+            ) from None
+
+
+def _begin(policies: Sequence[str], prepare: Callable[[], None] | None) -> None:
+    """What a worker does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: finish the cell first
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    for spec in policies:
+        if ".py:" in spec:  # cells are unpickled after this: their policy's class has to be there
+            registry.parse(spec)
+    if prepare is not None:
+        prepare()
 
 
-def _folder(model: str) -> Path:
-    return embedded().get(model) or Path(model).expanduser()
+def _end_with_parent() -> None:
+    # A pool's process does not notice that its parent was killed: it would wait for work for ever.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
-def _check(host: Host, model: str) -> None:
-    if not hasattr(host, "vae") or host.config.world != "lanes":
-        raise LongtakeError(
-            f"{model} was not trained on the procedural world, so there is no ground truth to read it against: compare "
-            "tiny-wan, tiny-wan-long, or a folder of `longtake train tiny-wan`"
-        )
+@lru_cache(maxsize=4)
+def _host(model: str, device: str | None) -> Host:
+    return load(model, device=device)
 
 
-def describe(cell: Cell) -> dict[str, Any]:
-    """A cell in one line of JSON."""
-    return {"key": cell.key, **cell.facts}
+@lru_cache(maxsize=2)
+def _footage(model: str, device: str | None, weights: str, seed: int, setting: Setting, folder: Path) -> Footage:
+    host = _host(model, device)
+    cache = folder / "truth" / weights / "-".join(map(str, setting.gaps))
+    return Footage(host, seed, setting.length(host), setting.gaps, cache)
+
+
+@lru_cache(maxsize=1)
+def _origin(device: str) -> dict[str, Any]:
+    return provenance(torch.device(device))
+
+
+def _counted(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"

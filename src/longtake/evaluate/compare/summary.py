@@ -10,7 +10,7 @@ import numpy as np
 
 from ...zoo import lanes
 from . import arms as names
-from .cells import Cell, Store
+from .cells import Cell, Store, label_of
 from .statistics import Hits, holm, interval, mean, paired
 
 CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
@@ -37,11 +37,6 @@ def summarise(todo: Sequence[Cell], store: Store, training_frames: dict[str, int
             {"model": model, "protocol": protocol, "rows": rows, "admitted": _admitted(rows), "chance": CHANCE}
         )
     return {"tables": tables}
-
-
-def label_of(cell: Cell) -> str:
-    """An arm's name with its budget in KiB."""
-    return cell.arm.name if cell.arm.budget is None else f"{cell.arm.name} @ {cell.arm.budget // 1024} KiB"
 
 
 def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
@@ -126,6 +121,7 @@ def _admitted(rows: list[dict[str, Any]]) -> dict[str, bool]:
     answer = {}
     for key, chance in CHANCE.items():
         value = lambda name, key=key: by_name.get(name, {}).get(f"recall_{key}", {}).get("mean", float("nan"))
-        idle = max(value(names.FROZEN), value(names.LOOP))
-        answer[f"recall_{key}"] = bool(value(names.TRUTH) >= TRUE_ENOUGH and idle <= chance)
+        # a frozen picture may show no return at all
+        idle = [found for found in (value(names.FROZEN), value(names.LOOP)) if not math.isnan(found)]
+        answer[f"recall_{key}"] = bool(value(names.TRUTH) >= TRUE_ENOUGH and max(idle, default=0.0) <= chance)
     return answer
