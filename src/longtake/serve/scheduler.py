@@ -1,0 +1,195 @@
+"""The thread of one device. It makes one chunk of one session at a time, in turn, and between two chunks does what was
+asked: so nothing touches a rollout while it runs, and no session waits for more than one chunk of every other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from ..errors import LongtakeError
+from ..hosts.base import Host
+from .admission import Constants, Ledger
+from .errors import NoRoom, Refused
+from .metrics import Metrics
+from .naming import policy_named
+from .settings import Settings
+from .take import Take
+
+log = logging.getLogger("longtake.serve")
+T = TypeVar("T")
+
+_HOUSEKEEPING = 0.5  # seconds between two looks for idle sessions
+
+
+class Worker:
+    """A device: its models, its bytes, its sessions."""
+
+    def __init__(
+        self, hosts: dict[str, Host], constants: dict[str, Constants], budget: int, settings: Settings,
+        metrics: Metrics, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.hosts, self.constants, self.settings, self.metrics = hosts, constants, settings, metrics
+        self.ledger = Ledger(budget)
+        self.takes: dict[str, Take] = {}
+        self.turned = time.monotonic()  # when the thread last came by
+        self._ring: deque[str] = deque()  # sessions in the order of their turns
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._chunk_next = True
+        self._looked = 0.0
+        self._threads = threads
+        device = next(iter(hosts.values())).device
+        self.name = str(device)
+        self._thread = threading.Thread(target=self._run, name=f"device-{device}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def call(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` on the device's thread between two chunks."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closing:
+                raise Refused(503, "closing", "the server is shutting down", retry=10)
+            self._jobs.append((job, future))
+            self._wake.notify()
+        return future
+
+    def close(self) -> None:
+        """Finish the chunk in flight and what was asked before, park every session, end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def enter(self, take: Take) -> None:
+        """A session that is awake takes its turns."""
+        self.takes[take.name] = take
+        if take.name not in self._ring:
+            self._ring.append(take.name)
+
+    def leave(self, take: Take) -> None:
+        self.takes.pop(take.name, None)
+        if take.name in self._ring:
+            self._ring.remove(take.name)
+
+    def make_room(self, count: int, for_take: Take | None = None) -> None:
+        """Park sessions nobody needs now, the longest idle first, while fewer than `count` bytes are free."""
+        idle = [t for t in self.takes.values() if t is not for_take and t.session is not None and self._unneeded(t)]
+        for take in sorted(idle, key=lambda t: -t.idle_seconds):
+            if self.ledger.free >= count:
+                return
+            self._park(take)
+
+    def admit(self, take: Take, policy: Any) -> str:
+        """Reserve the bytes of a session, sending others to disk if need be; returns where its view lives."""
+        try:
+            need = take.footprint(policy, self.ledger.free)
+        except NoRoom as error:
+            self.make_room(error.needed, take)
+            need = take.footprint(policy, self.ledger.free)
+        self.ledger.reserve(take.name, need.total)
+        return need.residency
+
+    def wake(self, take: Take) -> None:
+        """Bring a session back from disk if it is there. Raises NoRoom, or LongtakeError if it cannot come back."""
+        if take.session is not None:
+            return
+        if take.deleted:
+            raise Refused(404, "no_session", "the session was deleted")
+        self.admit(take, policy_named(take.policy))
+        try:
+            take.wake()
+        except BaseException as error:
+            self.ledger.release(take.name)
+            take.session = None
+            if isinstance(error, LongtakeError) and not isinstance(error, Refused):
+                take.wanted, take.error = "failed", "its snapshots cannot be read any more"
+                log.error("session lost: %s", error, extra=take.log_extra)
+                raise Refused(410, "failed", take.error) from error
+            raise
+        self.enter(take)
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            import torch
+
+            torch.set_num_threads(self._threads)
+        while (job := self._next()) is not None:
+            try:
+                job()
+            except Exception:
+                log.exception("a session's turn failed")
+        for take in list(self.takes.values()):
+            self._park(take)
+
+    def _next(self) -> Callable[[], None] | None:
+        """What to do now: a job and a chunk in turn where both are wanted; None at the end."""
+        with self._wake:
+            while True:
+                now = self.turned = time.monotonic()
+                if now - self._looked > _HOUSEKEEPING:
+                    self._looked = now
+                    return self._look_after
+                due = {name: wait for name in self._ring if (wait := self.takes[name].due(now)) is not None}
+                ready = next((name for name in self._ring if due.get(name) == 0), None)
+                if self._jobs and (ready is None or not self._chunk_next or self._closing):
+                    self._chunk_next = True
+                    return self._job(*self._jobs.popleft())
+                if self._closing:
+                    return None
+                if ready is not None:
+                    self._chunk_next = False
+                    self._ring.remove(ready)
+                    self._ring.append(ready)
+                    return self.takes[ready].step
+                self._wake.wait(min([_HOUSEKEEPING, *due.values()]))
+
+    def _job(self, job: Callable[[], Any], future: Future[Any]) -> Callable[[], None]:
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+        return run
+
+    def _look_after(self) -> None:
+        for take in list(self.takes.values()):
+            recording = take.wanted == "running" and take.channel.recording is not None
+            if take.session is not None and not recording and take.idle_seconds > self.settings.idle_seconds:
+                self._park(take)
+
+    def _unneeded(self, take: Take) -> bool:
+        return not take.channel.viewers and take.wanted != "running"
+
+    def _park(self, take: Take) -> None:
+        try:
+            take.park()
+        except Refused as error:
+            self.metrics.park_failed.inc()
+            take.touch()  # try again after another idle time
+            take.error = str(error)
+            log.error("session not parked: %s", error, extra=take.log_extra)
+            return
+        except Exception:
+            self.metrics.park_failed.inc()
+            log.exception("session not parked", extra=take.log_extra)
+            return
+        if take.name in self._ring:
+            self._ring.remove(take.name)
