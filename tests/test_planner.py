@@ -176,7 +176,7 @@ def test_the_command_prints_the_promised_numbers():
 
 def test_without_json_every_number_has_a_line():
     out = run("--model", "lumos-1-1b", "--frames", "24").stdout
-    assert "tokens per frame: 4,084" in out and "GB)" in out
+    assert "tokens per frame: 4,084" in out and "GB)" in out and "\n  1: 1 / 1\n" in out
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def _lines(result: dict[str, Any], indent: str = "") -> list[str]:
         name = f"{indent}{key.replace('_', ' ')}"
         if isinstance(value, dict):
             lines += [f"{name}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and len(value) <= 4 and all(isinstance(x, int | float) for x in value):
+            lines.append(f"{name}: {' / '.join(f'{x:g}' for x in value)}")
         elif isinstance(value, list):
             lines.append(f"{name}: {len(value)} values, see --json")
         elif isinstance(value, int | float) and not isinstance(value, bool):
