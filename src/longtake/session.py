@@ -25,6 +25,7 @@ from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers import Sampler, Sampling, default_sampler, staggered
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
 from .samplers.staggered import Stagger, Staggered
+from .switching import CUT_FRAMES, check_switch
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Session:
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
         keep_latents: keep the latents of every chunk the history holds, so that `rebuild` can rewrite its K/V.
+        prompt_switch: what a new prompt does to the past, "keep", "recache", "flush" or "cut" (see `switching`);
+            default the policy's own way, for most of them "keep". "recache" keeps latents.
         decode: False yields latents only.
         callback_on_step_end(session, step, timestep, {"latents": x0}) → dict or None; x0 [B, C, f, h, w] is the step's
             prediction of the finished chunk, and {"latents": …} replaces it.
@@ -78,6 +81,7 @@ class Session:
         guidance_scale: float | None = None, sampler: Sampler | None = None,
         chunks: int | None = None, num_frames: int | None = None, residency: str = "resident",
         memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
+        prompt_switch: str | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
     ) -> None:  # fmt: skip
@@ -129,7 +133,11 @@ class Session:
                 )
             self._streams["uncond"] = _Stream(negative)
         self.host.prompts_encoded()
+        own_way = "keep" if isinstance(self.sampler, Stagger) else self.policy.prompt_switch
+        self.prompt_switch = check_switch(prompt_switch or own_way)
         self._pending: TextState | None = None
+        self._pending_mode = "keep"
+        self._cut = 0  # frames by which the next chunk stands further off in time
         renoised = not isinstance(self.sampler, Stagger) or self.host.solver == "renoise"
         self._reuse = ReuseRun(self.reuse, self.host.feature, renoised=renoised)
         if self._reuse.active and not self.sampler.reuses:
@@ -144,6 +152,7 @@ class Session:
         self._ahead: tuple[Tensor, Tensor] | None = None  # latents and frames of a chunk decoded but not committed
         self._compressing = TakeState()
         self._tokens: dict[int, Tensor] = {}  # block → compressed tokens [B, n, d], where latents are kept
+        keep_latents = keep_latents or self.prompt_switch == "recache"
         self._latents: dict[int, Tensor] | None = {} if keep_latents else None  # block → latents [B, C, f, h, w]
         self.frame = 0  # next latent frame
         self.index = 0  # next chunk
@@ -271,23 +280,40 @@ class Session:
 
     @property
     def prompt(self) -> str | list[str]:
-        """The prompt in force from the next chunk on. Setting it keeps the history as it is."""
+        """The prompt in force from the next chunk on. Setting it treats the past as `prompt_switch` says."""
         return self._prompt
 
     @prompt.setter
     def prompt(self, prompt: str | Sequence[str]) -> None:
+        self.switch(prompt)
+
+    def switch(self, prompt: str | Sequence[str], mode: str | None = None) -> None:
+        """A new prompt from the next chunk on; `mode` says what it does to the past (default: `prompt_switch`)."""
+        mode = self._check_mode(mode)
         given, text = self._encode(prompt, None, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompts for {self.batch} takes: give one for each")
-        self._prompt, self._pending = given, text
+        self._prompt, self._pending, self._pending_mode = given, text, mode
         self.host.prompts_encoded()
 
-    def set_prompt_embeds(self, embeds: Tensor) -> None:
-        """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on."""
+    def set_prompt_embeds(self, embeds: Tensor, mode: str | None = None) -> None:
+        """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on; `mode` as for `switch`."""
+        mode = self._check_mode(mode)
         _, text = self._encode(None, embeds, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompt embeddings for {self.batch} takes: give one for each")
-        self._prompt, self._pending = "", text
+        self._prompt, self._pending, self._pending_mode = "", text, mode
+
+    def _check_mode(self, mode: str | None) -> str:
+        mode = check_switch(mode or self.prompt_switch)
+        if mode != "keep" and self._staggered is not None:
+            raise LongtakeError(f"prompt switch {mode!r}: with several chunks in flight a new prompt can only 'keep'")
+        if mode == "recache" and self._latents is None:
+            raise LongtakeError(
+                "prompt switch 'recache' needs the latents of the past: make the session with prompt_switch='recache' "
+                "or keep_latents=True"
+            )
+        return mode
 
     @torch.no_grad()
     def rebuild(self) -> int:
@@ -300,13 +326,17 @@ class Session:
             raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
         self._obey()
         self._begin()
-        whole = [block.id for block in self.history.table().blocks if block.complete and block.id in self._latents]
+        return self._recache(self._latents)
+
+    def _recache(self, latents: Mapping[int, Tensor]) -> int:
+        blocks = self.history.table().blocks
+        whole = [block.id for block in blocks if self.history.rewritable(block) and block.id in latents]
         for block in whole:
             table = self.history.reopen(block)
             try:
                 plan = self.policy.plan(table, self.history.signals(self.index))
                 self.history.apply(replace(plan, drops=()))
-                self._write(self._latents[block], block, Clock(), given=table.live[0].role == "anchor")
+                self._write(latents[block], block, Clock(), given=table.live[0].role == "anchor")
                 if COMPRESSED in table.live[0].forms:
                     self._carry(self._tokens[block], block)
                 self.history.commit(block)
@@ -362,7 +392,8 @@ class Session:
         if anchors:  # the prompt is in the sequence, and with it a given image
             anchors += given_frames * self.geometry.tokens_per_frame
         shape = replace(
-            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor), frames=frames,
+            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor),
+            frames=frames,
             anchor_tokens=anchors,
         )
         if isinstance(self.sampler, Stagger):
@@ -394,7 +425,8 @@ class Session:
             shape, self.host.rotary, streams=tuple(self._streams), capacity=capacity, visible=visible,
             residency=residency, score=self.policy.score if scores else None,
             key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
-            offloaded=self.policy.offloaded(shape), summed=self.policy.summed(shape), dtype=self.host.dtype, device=self.host.device,
+            offloaded=self.policy.offloaded(shape), summed=self.policy.summed(shape),
+            dtype=self.host.dtype, device=self.host.device,
         )  # fmt: skip
 
     def _stagger(self, sampler: Stagger) -> Staggered:
@@ -469,11 +501,18 @@ class Session:
     def _admit(self, span: int, role: str = "live") -> int:
         texts = {name: stream.text for name, stream in self._streams.items()}
         block = self.history.admit(
-            self.frame, span, self.host.stream_positions(self.geometry, self.frame, span, texts), role=role,
-            grid=self.geometry.grid, packable=self.geometry.packable, structural=self.geometry.structural,
+            self.frame,
+            span,
+            self.host.stream_positions(self.geometry, self.frame, span, texts),
+            role=role,
+            grid=self.geometry.grid,
+            packable=self.geometry.packable,
+            structural=self.geometry.structural,
         )
         try:
             plan = self.policy.plan(self.history.table(), self.history.signals(self.index))
+            if self._cut:
+                plan = replace(plan, live_shift=plan.live_shift + self._cut)
             if COMPRESSED in plan.forms:
                 if self.compressor is None:
                     raise PlanError('it asks for compressed forms: let its `requires` name "compressed"')
@@ -490,14 +529,20 @@ class Session:
 
     def _commit(self, block: int, latents: Tensor, compressed: tuple[Tensor | None, TakeState]) -> None:
         self.history.commit(block)
-        self._ahead = None
+        self._ahead, self._cut = None, 0
         tokens, self._compressing = compressed
         if self._latents is not None:
-            held = {b.id for b in self.history.table().blocks}
-            self._latents = {b: kept for b, kept in self._latents.items() if b in held} | {block: latents}
-            self._tokens = {b: kept for b, kept in self._tokens.items() if b in held}
+            self._latents[block] = latents
             if tokens is not None:
                 self._tokens[block] = tokens
+            self._forget_latents()
+
+    def _forget_latents(self) -> None:
+        """Of chunks that the history holds nothing of any more."""
+        if self._latents is not None:
+            held = {b.id for b in self.history.table().blocks}
+            self._latents = {b: kept for b, kept in self._latents.items() if b in held}
+            self._tokens = {b: kept for b, kept in self._tokens.items() if b in held}
 
     def _compress(self, latents: Tensor, frames: Tensor | None, block: int) -> tuple[Tensor | None, TakeState]:
         """The compressed tokens of a chunk, their K/V written if its plan asked for that form, and what the compressor
@@ -659,11 +704,19 @@ class Session:
         """A prompt that was set since the last chunk comes into force."""
         if self._pending is not None:
             # where a prompt is part of the sequence, it ends where the one before it did: frames stay where they are
-            old, new, self._pending = self._streams["cond"].text, self._pending, None
+            old, new = self._streams["cond"].text, self._pending
             start = old.start + old.embeds.shape[1] - new.embeds.shape[1]
             self._streams["cond"].text = replace(new, start=start)
             if self._staggered is not None:
                 self._staggered.texts = {name: stream.text for name, stream in self._streams.items()}
+            if self._pending_mode in ("flush", "cut"):
+                self.history.forget(self.policy.flush(self.history.table()))
+                self._forget_latents()
+                self._cut = CUT_FRAMES if self._pending_mode == "cut" else 0
+            elif self._pending_mode == "recache" and self._latents is not None:
+                self._begin()
+                self._recache(self._latents)
+            self._pending = None  # last: whatever interrupts this is made good before the next chunk
 
     def _encode(
         self, prompt: str | Sequence[str] | None, embeds: Tensor | TextState | None, name: str, expand: int = 1

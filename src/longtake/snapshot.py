@@ -91,10 +91,12 @@ def save(session: Session, path: Any) -> None:
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
         "starts": {name: stream.text.start for name, stream in session._streams.items()},
         "masked": asdict(session.sampler) if isinstance(session.sampler, MaskedSampler) else None,
+        "prompt_switch": [session.prompt_switch, session._pending_mode, session._cut],
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
         "keep_latents": session._latents is not None, "decode": session.decode,
         "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
-        "decoder": decoder_meta, "history": meta, "flight": flight, "generators": [g.device.type for g in session.noise.generators],
+        "decoder": decoder_meta, "history": meta, "flight": flight,
+        "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -174,6 +176,7 @@ def restore(
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decode"],
         keep_latents=description["keep_latents"], compressor=compressor,
+        prompt_switch=description["prompt_switch"][0],
         sampler=sampler,
     )  # fmt: skip
     made_by, ours = description["compressor"], session.compressor and session.compressor.describe()
@@ -199,6 +202,7 @@ def restore(
     if session._latents is not None:
         held = {key: latents for key, latents in tensors.items() if key.startswith("latents/")}
         session._latents = {int(key.removeprefix("latents/")): x.to(host.device) for key, x in held.items()}
+    _, session._pending_mode, session._cut = description["prompt_switch"]
     if "text/pending" in tensors:
         session._pending = host.text_state(tensors["text/pending"])
     session._restore_noise([tensors[f"rng/{i}"] for i in range(session.batch)])
@@ -274,10 +278,10 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
             "structural": _token_set(tensors, f"history/blocks/{i}.structural", b.structural),
         })  # fmt: skip
     live = []  # chunks in flight: of a staggered take
-    for block, at in history._live.items():
-        for i, position in enumerate(at.positions.values()):
+    for block, flying in history._live.items():
+        for i, position in enumerate(flying.positions.values()):
             tensors[f"history/live/{block}/{i}/base"], tensors[f"history/live/{block}/{i}/step"] = position
-        live.append([block, [list(key) for key in at.positions], sorted(list(key) for key in at.written)])
+        live.append([block, [list(key) for key in flying.positions], sorted(list(key) for key in flying.written)])
     sizes = {stream: store.size for stream, store in _stores(history).items()}
     return tensors, {
         "held": held, "blocks": blocks, "frames_seen": history.frames_seen, "next_id": history._next_id,
@@ -293,7 +297,9 @@ def _stores(history: History) -> dict[str, Store]:
 def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     stores = _stores(history)
     if lacking := [stream for stream, held in meta["held"].items() if held and stream not in stores]:
-        raise LongtakeError(f"the snapshot holds {', '.join(lacking)}, for which this policy has no place: pass the same")
+        raise LongtakeError(
+            f"the snapshot holds {', '.join(lacking)}, for which this policy has no place: pass the same"
+        )
     for stream, store in stores.items():
         if stream not in meta["rows"]:
             continue
@@ -331,9 +337,9 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
             _as_token_set(tensors, f"history/blocks/{i}.structural", b["structural"]),
         ))  # fmt: skip
     for block, keys, written in meta.get("live", ()):
-        at = f"history/live/{block}"
+        name = f"history/live/{block}"
         positions = {
-            (stream, form): (tensors[f"{at}/{i}/base"], tensors[f"{at}/{i}/step"])
+            (stream, form): (tensors[f"{name}/{i}/base"], tensors[f"{name}/{i}/step"])
             for i, (stream, form) in enumerate(keys)
         }
         queries = {stream: dict(view.queries) for stream, view in history.views.items()}

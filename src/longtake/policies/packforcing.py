@@ -170,7 +170,9 @@ class PackForcing(KVPolicy):
         if not self.offload:
             return 0, 0
         _, archived = self._counts(shape)
-        return archived * self._block(shape), min(self.top_k, archived) * self._block(shape)
+        # while a whole middle is recached, its newest blocks stand for the recent ones
+        shown = self.top_k + (self.recent if self.middle == "full" else 0)
+        return archived * self._block(shape), min(shown, archived) * self._block(shape)
 
     def summed(self, shape: HistoryShape) -> int:
         if "key_sums" not in self.requires:
