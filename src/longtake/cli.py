@@ -15,6 +15,7 @@ from .commands.demo import demo
 from .commands.generate import generate
 from .commands.listing import models, policies
 from .commands.plan import plan
+from .commands.serve import serve
 from .commands.shell import guarded
 from .commands.train import train
 from .commands.usage import Commands
@@ -41,12 +42,13 @@ def longtake(
     """Autoregressive video of any length in bounded memory."""
 
 
-for command in (generate, demo, compare, convert, plan, models, policies):
+for command in (generate, demo, compare, convert, plan, serve, models, policies):
     app.command()(guarded(command))
 
 bench = typer.Typer(cls=Commands, help=bench_cli.HELP)
 bench.command("take")(guarded(bench_cli.take))
 bench.command("packcache")(guarded(bench_cli.packcache))
+bench.command("flowcache-kv")(guarded(bench_cli.flowcache_kv))
 bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
 app.add_typer(analyze, name="analyze")

@@ -245,7 +245,7 @@ class Place:
         return Track(self.folder / "saved" / name)
 
     def write_image(self, image: Tensor) -> None:
-        write_private(self.folder / "image.safetensors", save({"image": image}), "the image")
+        write_private(self.folder / "image.safetensors", save({"image": image.contiguous()}), "the image")
 
     def image(self) -> Tensor | None:
         path = self.folder / "image.safetensors"
@@ -271,9 +271,11 @@ def noise_state(session: Session) -> list[Tensor]:
 
 
 def private_folder(folder: Path) -> None:
-    """Make a folder for this user alone. Raises Full."""
+    """Make a folder, and those above it that lack, for this user alone. Raises Full."""
+    if not folder.parent.exists():
+        private_folder(folder.parent)
     try:
-        folder.mkdir(mode=0o700, parents=True)
+        folder.mkdir(mode=0o700)
     except OSError as error:
         raise Full("a folder", error) from error
 
