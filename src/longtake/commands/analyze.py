@@ -88,6 +88,54 @@ def decay(
     shell.say(f"written: {', '.join(str(path) for path in written)}")
 
 
+@analyze.command("reuse")
+@shell.guarded
+def reuse(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    spec: Annotated[str, Option("--reuse", metavar="SPEC", help="The reuse policy to watch.")] = "flowcache:slow",
+    metric: Annotated[
+        str | None, Option(help="What is traced: latent or timestep.", show_default="what the policy measures")
+    ] = None,
+    chunks: Annotated[int, Option(help="Length of the two takes in chunks.")] = 4,
+    seed: Annotated[int, Option(help="Start of the random numbers.")] = 0,
+    steps: options.Steps = None,
+    size: options.Size = None,
+    guidance: options.Guidance = None,
+    out: Annotated[Path, Option(help="Folder for reuse.json and the figures.")] = Path("analysis"),
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Trace how far chunks move from step to step, what a reuse policy decides by that, and what theory says of it."""
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
+    shell.check_choice(metric, "--metric", ("latent", "timestep"))
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    height, width = shell.parse_size(size)
+    shell.check_device(device)
+
+    from ..evaluate.reuse_traces import measure
+    from ..reuse import parse
+    from .generate import load_host
+    from .options import DEFAULT_MODEL
+
+    policy = parse(spec)
+    shell.hush()
+    host = load_host(model or DEFAULT_MODEL, device, dtype, None, "offload")
+    said = prompt or next(iter(host.config.prompts), None)
+    if said is None:
+        raise LongtakeError(f"{host.name} comes without example prompts: give a prompt")
+    with shell.cpu_threads(None, host):
+        report = measure(
+            host, said, reuse=policy, metric=metric, chunks=chunks, seed=seed, num_inference_steps=steps,
+            height=height, width=width, guidance_scale=guidance,
+        )  # fmt: skip
+    written = report.write(out)
+    shell.answer(report.as_dict(), report.text(), as_json)
+    shell.say(f"written: {', '.join(str(path) for path in written)}")
+
+
 def _settings_file(model: str) -> Path:
     """The longtake.json of an embedded model or a folder. Raises LongtakeError where there is none."""
     from ..hosts.base import CONFIG_NAME

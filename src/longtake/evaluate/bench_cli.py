@@ -77,6 +77,32 @@ def packcache(
     typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
 
 
+def flowcache_kv(
+    shape: Annotated[str, typer.Option(help="magi-4.5b, or micro to try it.")] = "magi-4.5b",
+    pairs: Annotated[int, typer.Option(help="Alternating measurements of the two ways.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for flowcache-kv-DEVICE.json.")] = Path("benchmarks"),
+    force: Annotated[bool, typer.Option("--force", help="Measure on a busy machine; the result is marked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")] = None,
+) -> None:
+    """What compressing one full-size layer takes: FlowCacheKV's score against whole matrices per head."""
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+
+    from .bench_flowcache_kv import run
+
+    with _bars() as progress:
+        report = run(
+            shape, pairs=pairs, device=device, dtype=dtype, threads=threads, force=force,
+            command=shlex.join(["longtake", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    written = report.write(out, f"flowcache-kv-{report.settings['device'].partition(':')[0]}")
+    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.text())
+    typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
+
+
 def table(
     report: Annotated[Path, typer.Argument(help="A JSON that `bench take` wrote.")] = Path("benchmarks/take-cpu.json"),
     into: Annotated[Path | None, typer.Option(help="A document to fill between its marks, e.g. README.md.")] = None,

@@ -1,0 +1,236 @@
+"""Compressing one layer of a full-size past: FlowCacheKV's score against the formulas written out per head.
+
+Random K/V and queries of a model's shape, three chunks of history, one chunk of queries. Both score every token in fp32
+and keep two chunks' worth per head. Measured: time in alternating pairs, the most bytes of tensors alive beyond the
+inputs, and how many survivors the two have in common.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import LongtakeError
+from ..policies import FlowCacheKV
+from .measure import Figure, ratios
+from .provenance import others_busy, provenance, refuse_if_busy, write_atomically
+
+SCHEMA = 1
+LIMIT = 10**9  # bytes of transient memory held to
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer: tokens of a frame and a chunk, heads, and the model it is of."""
+
+    about: str
+    frame_tokens: int
+    chunk_tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    chunks: int = 3
+
+
+SHAPES = {
+    "magi-4.5b": LayerShape("MAGI-1 4.5B at 720x720", 2025, 12_150, 24, 8, 128),
+    "micro": LayerShape("to try it", 12, 72, 6, 2, 16),
+}
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors that operations made and that were alive at once, scratch inside kernels apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}  # storage → tensors that look at it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if not isinstance(x, Tensor):
+                continue
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._alive:
+                if key in given:  # a view of an input
+                    continue
+                self._alive[key] = 0
+                self.now += size
+                self.peak = max(self.peak, self.now)
+            self._alive[key] += 1
+            weakref.finalize(x, self._gone, key, size)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._alive[key] -= 1
+        if not self._alive[key]:
+            del self._alive[key]
+            self.now -= size
+
+
+def explicit_score(q: Tensor, k: Tensor, mix: float, pool: int) -> Tensor:
+    """The score [B, Hk, Nk] with whole matrices, one KV head at a time: all logits, and all cosines."""
+    heads, dim = k.shape[2:]
+    grouped = q.unflatten(2, (heads, -1))
+    scores = []
+    for h in range(heads):
+        key = k[:, :, h].float()
+        logits = torch.einsum("bqgd,bkd->bgqk", grouped[:, :, h].float(), key).amax(1) * dim**-0.5
+        importance = F.max_pool1d(logits.softmax(-1).mean(1), pool, 1, pool // 2)
+        del logits
+        unit = F.normalize(key, dim=-1)
+        cosine = unit @ unit.transpose(-1, -2)  # [B, Nk, Nk]
+        cosine.diagonal(dim1=-2, dim2=-1).zero_()
+        scores.append(mix * importance - (1 - mix) * cosine.mean(1).softmax(-1))
+        del cosine
+    return torch.stack(scores, 1)
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a benchmark run found."""
+
+    settings: dict[str, Any]
+    figures: tuple[Figure, ...]
+    transient: dict[str, int]  # bytes beyond the inputs, by method
+    common: float  # share of survivors that both keep
+    provenance: dict[str, Any]
+
+    def checks(self) -> dict[str, bool]:
+        factor = next(f for f in self.figures if f.name == "explicit / streamed")
+        return {
+            f"streamed: less than {LIMIT / 1e9:g} GB above the inputs": self.transient["streamed"] < LIMIT,
+            "streamed is faster": factor.ci95 is not None and factor.ci95[0] > 1,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA, "benchmark": "flowcache-kv", "settings": self.settings,
+            "figures": [figure.as_dict() for figure in self.figures], "transient_bytes": self.transient,
+            "common_survivors": self.common, "checks": self.checks(), "provenance": self.provenance,
+        }  # fmt: skip
+
+    def text(self) -> str:
+        told = self.settings
+        lines = [f"{told['about']}: {told['keys']} keys, {told['queries']} queries, one layer"]
+        for figure in self.figures:
+            assert figure.median is not None and figure.ci95 is not None
+            low, high = figure.ci95
+            lines.append(f"  {figure.name}: {figure.median:.4g} [{low:.4g}, {high:.4g}] {figure.unit}")
+        lines += [f"  {name}: {size / 1e9:.3f} GB above the inputs" for name, size in self.transient.items()]
+        lines.append(f"  survivors in common: {self.common:.4%}")
+        lines += [f"  {'met' if met else 'NOT MET'}  {name}" for name, met in self.checks().items()]
+        return "\n".join(lines)
+
+    def write(self, folder: Path, stem: str = "flowcache-kv") -> list[Path]:
+        """`stem`.json in `folder`. Raises LongtakeError if it cannot be written."""
+        path = folder / f"{stem}.json"
+        write_atomically(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
+        return [path]
+
+
+def run(
+    shape: str = "magi-4.5b", *, pairs: int = 5, device: str | None = None, dtype: str | None = None,
+    threads: int | None = None, force: bool = False, command: str = "",
+    progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
+) -> CompressionReport:  # fmt: skip
+    """Measure; raises LongtakeError for unknown names, a busy machine or too little memory."""
+    if shape not in SHAPES:
+        raise LongtakeError(f"shape {shape!r}: use one of {', '.join(SHAPES)}")
+    if pairs < 1:
+        raise LongtakeError(f"{pairs} pairs: give at least 1")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = getattr(torch, dtype or "bfloat16", None)
+    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+        raise LongtakeError(f"dtype {dtype!r}: use float32, bfloat16 or float16")
+    busy = others_busy()
+    refuse_if_busy(busy, force)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return _measured(SHAPES[shape], shape, pairs, where, kind, busy, force, command, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def _measured(
+    size: LayerShape, name: str, pairs: int, device: torch.device, dtype: torch.dtype, busy: float | None, force: bool,
+    command: str, progress: Callable[[str, int, int], None],
+) -> CompressionReport:  # fmt: skip
+    noise = torch.Generator().manual_seed(0)
+    keys = size.chunks * size.chunk_tokens
+    draw = lambda n, heads: torch.randn(1, n, heads, size.head_dim, generator=noise).to(device, dtype)
+    q, k = draw(size.chunk_tokens, size.heads), draw(keys, size.kv_heads)
+    policy = FlowCacheKV(frame_tokens=size.frame_tokens, chunk_tokens=size.chunk_tokens)
+    methods: dict[str, Callable[[], Tensor]] = {
+        "streamed": lambda: policy.score(q, k),
+        "explicit": lambda: explicit_score(q, k, policy.mix, policy.pool),
+    }
+    transient, kept = {}, {}
+    for done, (label, score) in enumerate(methods.items()):
+        progress("memory", done, len(methods))
+        transient[label], values = _peak(score, device)
+        kept[label] = values.topk((size.chunks - 1) * size.chunk_tokens, -1).indices.sort(-1).values.cpu()
+        del values
+    progress("memory", len(methods), len(methods))
+    seconds: dict[str, list[float]] = {label: [] for label in methods}
+    for pair in range(pairs):
+        for label in list(methods) if pair % 2 else list(methods)[::-1]:
+            seconds[label].append(_seconds(methods[label], device))
+        progress("pairs", pair + 1, pairs)
+    settings = {
+        "shape": name, "about": size.about, "keys": keys, "queries": size.chunk_tokens, "heads": size.heads,
+        "kv_heads": size.kv_heads, "head_dim": size.head_dim, "pairs": pairs, "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "forced": force,
+        "others_busy": busy, "command": command,
+        "transient": "allocator" if device.type == "cuda" else "tensors alive; scratch inside kernels is not seen",
+    }  # fmt: skip
+    figures = (
+        *(Figure.of(f"{label}, per layer", "s", values) for label, values in seconds.items()),
+        Figure.of("explicit / streamed", "×", ratios(seconds["explicit"], seconds["streamed"])),
+    )
+    return CompressionReport(settings, figures, transient, _common(*kept.values()), provenance(device))
+
+
+def _peak(score: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        base = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        values = score()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - base, values
+    with PeakBytes() as watch:
+        values = score()
+    return watch.peak, values
+
+
+def _seconds(score: Callable[[], Tensor], device: torch.device) -> float:
+    started = time.perf_counter()
+    score()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _common(a: Tensor, b: Tensor) -> float:
+    """Share of the tokens of `a` [B, H, n] that `b` has too."""
+    rows: Sequence[tuple[Tensor, Tensor]] = list(zip(a.flatten(0, 1), b.flatten(0, 1), strict=True))
+    return float(torch.stack([torch.isin(x, y).double().mean() for x, y in rows]).mean())
