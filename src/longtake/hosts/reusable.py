@@ -49,6 +49,8 @@ def forward_residual(transformer: Any, call: Callable[[], Tensor], residual: Ten
 class _Stack(nn.Module):
     """The blocks, which are one for whoever walks through them."""
 
+    blocks: nn.ModuleList
+
     def __init__(self, blocks: nn.ModuleList, residual: Tensor | None) -> None:
         super().__init__()
         self.__dict__["blocks"] = blocks  # not a child: the weights stay where they are
