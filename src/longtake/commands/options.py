@@ -168,11 +168,17 @@ VaeMinutes = Annotated[float, Option(help="For the video autoencoder.")]
 DecoderMinutes = Annotated[float, Option(help="For its decoder alone.")]
 ManyMinutes = Annotated[float, Option(help="For text encoder and transformer, at every noise level.")]
 FewMinutes = Annotated[float, Option(help="For both once more, at the sampler's four noise levels.")]
+TokenizerMinutes = Annotated[float, Option(help="For the video tokenizer.")]
+TransformerMinutes = Annotated[float, Option(help="For the transformer, on its codes.")]
 Variant = Annotated[str, Option(help="short: seven chunks on end; long: sparse histories of up to 200 latent frames.")]
 Begin = Annotated[
     Path | None, Option(metavar="DIR", help="A finished training: take its autoencoder and its many-step stage.")
 ]
+BeginLumos = Annotated[
+    Path | None, Option("--begin", metavar="DIR", help="Another training: take its tokenizer, begin with its weights.")
+]
 Batch = Annotated[int, Option(help="Windows of seven chunks a step.")]
+LumosBatch = Annotated[int, Option("--batch", help="Windows of eight latent frames a step.")]
 TrainSeed = Annotated[int, Option("--seed", help="Start of the random numbers.")]
 TrainDevice = Annotated[str, Option("--device", help="cpu or cuda.")]
 TrainThreads = Annotated[int | None, Option("--threads", metavar="N", help="CPU threads.", show_default="torch's own")]

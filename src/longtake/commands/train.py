@@ -42,14 +42,8 @@ def tiny_wan(
     The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
     minutes = {"vae": vae_minutes, "decoder": decoder_minutes, "many": many_minutes, "few": few_minutes}
-    for name, value in minutes.items():
-        if not (value >= LEAST_MINUTES and math.isfinite(value)):
-            raise LongtakeError(f"--{name}-minutes {value:g}: give each stage at least {LEAST_MINUTES:g}")
-    if batch < 1:
-        raise LongtakeError(f"--batch {batch}: give at least 1")
     shell.check_choice(variant, "--variant", ("short", "long"))
-    shell.check_threads(threads)
-    shell.check_device(device)
+    _check(minutes, batch, threads, device)
     _make_folder(out)
 
     import torch
@@ -69,6 +63,47 @@ def tiny_wan(
     finally:
         torch.set_num_threads(before)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
+    shell.answer({"out": str(out), **facts}, text, as_json)
+
+
+@train.command("tiny-lumos")
+@shell.guarded
+def tiny_lumos(
+    out: options.TrainFolder,
+    tokenizer_minutes: options.TokenizerMinutes = 25.0,
+    transformer_minutes: options.TransformerMinutes = 90.0,
+    begin: options.BeginLumos = None,
+    batch: options.LumosBatch = 1,
+    seed: options.TrainSeed = 0,
+    device: options.TrainDevice = "cpu",
+    threads: options.TrainThreads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train an embedded Lumos-1 from nothing on its procedural world, and write it as a folder that --model takes.
+
+    The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
+    """
+    minutes = {"tokenizer": tokenizer_minutes, "transformer": transformer_minutes}
+    _check(minutes, batch, threads, device)
+    _make_folder(out)
+
+    import torch
+
+    shell.hush()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        from ..zoo.train_tiny_lumos import train as run
+
+        planned = sum(value for name, value in minutes.items() if begin is None or name == "transformer")
+        shell.say(
+            f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
+        )
+        facts = run(out, minutes, begin, device, seed, batch)
+    finally:
+        torch.set_num_threads(before)
+    score = facts["tokenizer_psnr_fresh_seeds"]
+    text = f"{out}: tokenizer {score} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
 
 
@@ -138,6 +173,16 @@ def compressor(
         f"whole past, {held['low_resolution_alone']:.4g} without training"
     )
     shell.answer({"out": str(out), **facts}, text, as_json)
+
+
+def _check(minutes: dict[str, float], batch: int, threads: int | None, device: str) -> None:
+    for name, value in minutes.items():
+        if not (value >= LEAST_MINUTES and math.isfinite(value)):
+            raise LongtakeError(f"--{name}-minutes {value:g}: give each stage at least {LEAST_MINUTES:g}")
+    if batch < 1:
+        raise LongtakeError(f"--batch {batch}: give at least 1")
+    shell.check_threads(threads)
+    shell.check_device(device)
 
 
 def _lines(path: Path) -> list[str]:
