@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from ..errors import LongtakeError
 from .request import ModelShape, PlanRequest
 
-FAMILIES = ("lumos", "magi", "skyreels")  # modules of this package
+FAMILIES = ("lumos", "magi", "skyreels", "wan")  # modules of this package
 
 
 class Family(Protocol):

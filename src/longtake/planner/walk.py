@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import LongtakeError
-from ..plan import FULL, Block, BlockTable, Choose, Drop, Entry, Form, Signals, TokenSet, difference
+from ..plan import COMPRESSED, FULL, Block, BlockTable, Choose, Drop, Entry, Form, Signals, TokenSet, difference
 from ..policies import KVPolicy
 
 
@@ -20,6 +20,7 @@ class Layout:
     grid: tuple[int, int]
     structural: Sequence[int] = ()  # of one frame
     text: int = 0
+    compressed: int = 0  # tokens of a chunk's compressed form
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ def walk(policy: KVPolicy, layout: Layout, spans: Sequence[int], given: int = 0)
     for number, span in enumerate([*([given] if given else []), *spans], start=1):
         live = _block(layout, number, frame, span, "anchor" if given and number == 1 else "committed")
         plan = policy.plan(BlockTable(tuple(blocks), (live,), frame), Signals(chunk=number - 1))
+        if plan.score is not None:
+            raise _open(policy)
         for drop in plan.drops:
             drop_tokens(blocks, drop)
+        if COMPRESSED in plan.forms:
+            live = replace(live, forms={**live.forms, COMPRESSED: Form(layout.compressed)})
         if not (given and number == 1):
             seen = sum(seen_tokens(policy, entry, blocks) for entry in plan.entries)
             yield Step(frame, span, seen, sum(form.count for b in blocks for form in b.forms.values()))
@@ -82,6 +87,10 @@ def seen_tokens(policy: KVPolicy, entry: object, blocks: list[Block]) -> int:
         return forms[entry.block][entry.form].count if entry.tokens is None else len(entry.tokens)
     if isinstance(entry, Choose):
         return entry.k * forms[entry.candidates[0]][entry.form].count
-    raise LongtakeError(
+    raise _open(policy)
+
+
+def _open(policy: KVPolicy) -> LongtakeError:
+    return LongtakeError(
         f"policy {policy.name}: its plans depend on a model's own queries, which arithmetic cannot tell"
     )
