@@ -240,19 +240,19 @@ def test_comings_are_those_who_were_hidden():
 
 def test_the_truth_is_recalled_and_a_loop_and_a_frozen_picture_are_not():
     truth, loop, frozen = [], [], []
-    for seed in range(4):
-        scene = lanes.scene(seed, 160, gaps=(1, 2, 4, 8))
-        start, count = 4 * 20 + 1, 4 * 120
+    for seed in range(2):
+        scene = lanes.scene(seed, 110, gaps=(1, 2, 4, 8))
+        start, count = 4 * 20 + 1, 24 * 12
         true = course(scene.render(count, start), scene, start, 3)
         truth += true["returns"]
         assert true["clock_lawful"] == 1 and true["background_ssim"] > 0.999 and true["first_error"] is None
         past = scene.render(24, start - 24)
-        loop += course(np.concatenate([past] * 20), scene, start, 3)["returns"]
+        loop += course(np.concatenate([past] * 12), scene, start, 3)["returns"]
         still = course(past[-1:].repeat(count, 0), scene, start, 3)
         frozen += still["returns"]
-        assert still["clock_lawful"] == 0
-    assert len(truth) > 30 and all(event["colour"] and event["texture"] for event in truth)
-    assert len(loop) > 30 and np.mean([event["colour"] for event in loop]) <= 1 / 8
+        assert still["clock_lawful"] < 0.01
+    assert len(truth) > 15 and all(event["colour"] and event["texture"] for event in truth)
+    assert len(loop) > 15 and np.mean([event["colour"] for event in loop]) <= 1 / 8
     assert frozen == []
 
 
@@ -359,7 +359,7 @@ def test_a_run_compares_and_says_so_in_one_page(model, tmp_path):
     assert answer == json.loads((out / "summary.json").read_text())
     assert answer["cells"] == 2 * 2 * (5 + 5 + 2)
     failed = [note for note in answer["notes"] if "IndexError: nothing there" in note]
-    assert len(failed) == 2 and all("2 seeds" in note for note in failed), answer["notes"]
+    assert len(failed) == 2 and all("(4 cells, seed 0 first)" in note for note in failed), answer["notes"]
     assert answer["finished"] == answer["cells"] - 2 * 2 * 2
     assert [table["protocol"] for table in answer["tables"]] == ["A", "B"]
     for table in answer["tables"]:

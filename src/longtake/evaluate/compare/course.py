@@ -17,11 +17,13 @@ STEP = 1.0  # a clock step may be wrong by so many lawful ones
 def course(video: np.ndarray, scene: lanes.Scene, start: int, chunk: int) -> dict[str, Any]:
     """Returns, first error and slow drift of uint8 [T, H, W, 3] from pixel frame `start` on, in chunks of `chunk`.
 
-    An actor's return counts as recalled only where the clock ran lawfully since its last sight. Actors that were never
-    seen, or will be repainted in frames that a model is not shown, are left out.
+    An actor's return counts as recalled only where the clock ran lawfully since its last sight and for a turn before:
+    a loop of what was true has lawful returns too, but its clock jumps. Actors that were never seen, or will be
+    repainted in frames that a model is not shown, are left out.
     """
     begun = (start + lanes.STRIDE - 1) // lanes.STRIDE
-    steps = (np.diff(readback.clock(video)) + 0.5) % 1.0 - 0.5  # turns a frame; the law says 1 / TURN
+    hand = np.concatenate([scene.angle(np.array([start - 1])), readback.clock(video)])
+    steps = (np.diff(hand) + 0.5) % 1.0 - 0.5  # [T] turns into each frame; the law says 1 / TURN
     wrong = np.abs(steps * lanes.TURN - 1.0)
     drift = np.concatenate([[0.0], np.cumsum(steps - 1 / lanes.TURN)])
     returns: list[dict[str, Any]] = []
@@ -36,8 +38,8 @@ def course(video: np.ndarray, scene: lanes.Scene, start: int, chunk: int) -> dic
             known = [t for t in visit if reading.colour[t] >= 0]
             if len(known) < lanes.STRIDE:
                 continue
-            span = slice(left, visit[-1])
-            lawful = bool(np.median(wrong[span]) < STEP and np.ptp(drift[left : visit[-1] + 1]) <= DRIFT)
+            first, last = max(0, left - lanes.TURN), visit[-1] + 1
+            lawful = bool(np.median(wrong[first:last]) < STEP and np.ptp(drift[first : last + 1]) <= DRIFT)
             returns.append({
                 "lane": number, "gap": round((visit[0] - left) / lanes.STRIDE),
                 "chunk": visit[0] // (lanes.STRIDE * chunk), "lawful": lawful,

@@ -103,7 +103,7 @@ def execute(
         progress(done, len(todo), cell.arm.name)
         if error:
             failed.setdefault(f"{label_of(cell)}: {error}", []).append(cell.seed)
-    return [f"{line} ({_counted(len(seeds))}, first {min(seeds)})" for line, seeds in failed.items()]
+    return [f"{line} ({_counted(len(seeds))}, seed {min(seeds)} first)" for line, seeds in failed.items()]
 
 
 def shape_of(host: Host) -> HistoryShape:
@@ -207,5 +207,5 @@ def _origin(device: str) -> dict[str, Any]:
     return provenance(torch.device(device))
 
 
-def _counted(seeds: int) -> str:
-    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+def _counted(cells: int) -> str:
+    return "1 cell" if cells == 1 else f"{cells} cells"
