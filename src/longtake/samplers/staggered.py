@@ -178,7 +178,7 @@ class Staggered:
         seen = given if self.stagger.window is None else min(given, max(self.stagger.overlap, 1))
         self._keep(latents)
         self._open(given - seen)
-        self._condition(latents[:, :, given - seen :].float())
+        self._condition(latents[:, :, given - seen :].float(), Clock())
 
     @torch.no_grad()
     def next(self, clock: Clock) -> Finished:
@@ -273,7 +273,7 @@ class Staggered:
         self.origin, self.until, self.frame = origin, self._reach(origin), origin
         self.row, self.entered, self._planned = 0, 0, False
 
-    def _condition(self, latents: Tensor) -> None:
+    def _condition(self, latents: Tensor, clock: Clock) -> None:
         """Put given latents [B, C, p, h, w] into the empty history, nearly clean; a piece that fills no chunk comes
         first, or is left to the chunk that it begins."""
         frames, whole = latents.shape[2], self.geometry.chunk_frames
@@ -288,7 +288,7 @@ class Staggered:
             x = piece if level == 0 else (1 - level) * piece + level * self.draw(piece.shape[2]).to(piece)
             timestep = self.stagger.condition_noise or self.host.clean_timestep
             try:
-                self._write(block, x, timestep, self.texts, Clock(), f"the given latent frames from {self.frame} on")
+                self._write(block, x, timestep, self.texts, clock, f"the given latent frames from {self.frame} on")
             except BaseException:
                 self.history.abandon(block)
                 self._planned = False
@@ -309,7 +309,7 @@ class Staggered:
                 raise StopIteration
             self._open(self.frame - (0 if self.tail is None else self.tail.shape[2]))
             if self.tail is not None:
-                self._condition(self.tail)
+                self._condition(self.tail, clock)
         while self._due(self.row):
             self._enter()
         turns = [chunk for chunk in self.live if chunk.step <= self.row - chunk.start]
