@@ -17,10 +17,8 @@ from longtake.plan import FULL, Block, BlockTable, Entry, Form, Fuse, HistorySha
 from longtake.policies.flowcache_kv import importance, pooled, redundancy
 
 from .reference.flowcache_kv import dense_importance, dense_redundancy
+from .skyreels import tiny_skyreels
 from .tiny import text, tiny_wan
-from .trials.skyreels import Golden as SkyReels
-from .trials.test_skyreels import TOLERANCE
-from .trials.test_skyreels_history import replay, takes
 
 GOLDENS = Path(__file__).parent / "goldens"
 SCORES = GOLDENS / "flowcache_kv_score.safetensors"
@@ -173,25 +171,6 @@ def test_scores_of_half_precision_keys_are_taken_in_fp32():
     assert torch.equal(score, policy.score(q.float(), k.float()))
     distinct = lambda x: len(x[0, 0].unique())
     assert distinct(score) > 150 > distinct(score.bfloat16())
-
-
-# --- whole published runs ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def skyreels() -> SkyReels:
-    return SkyReels.read(GOLDENS / "skyreels_tiny_block_causal.safetensors")
-
-
-@pytest.mark.parametrize(("run", "blocks"), [("compress_b1", 1), ("compress_b2_on", 2)])
-@pytest.mark.parametrize("residency", ["resident", "scratch"])
-def test_the_next_blocks_own_queries_choose_as_published(skyreels, run, blocks, residency):
-    """Fused in the middle of a forward, per layer, head and branch; `blocks` of past beside one that waits."""
-    policy = FlowCacheKV(chunks=blocks + 2, queries="next", sort=False, live=1)
-    memories = takes(skyreels, policy, residency)
-    assert max(replay(skyreels, run, memories).values()) < TOLERANCE
-    calls = skyreels.runs[run]["kv_groups_seen_per_call"]
-    assert memories["cond"].seen == [n for call in calls[::2] for n in call]
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -417,3 +396,33 @@ def test_pooling_looks_at_neighbours_and_the_borders_see_fewer():
     assert pooled(x, 7).tolist() == [[[3, 3, 3, 3, 3, 1, 1, 1, 1]]]
     assert torch.equal(pooled(x, 1), x) and torch.equal(F.max_pool1d(x, 7, 1, 3), pooled(x, 7))
     assert math.isclose(redundancy(torch.randn(1, 9, 2, 4)).sum().item(), 2, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [FlowCacheKV(5), FlowCacheKV(6, queries="next"), FlowCacheKV(5, asking=3)], ids=str)
+@pytest.mark.parametrize("commit", ["clean", "adopt"])
+def test_staggered_takes_with_reuse_never_run_out_of_room(policy, commit):
+    """Three chunks in flight, two takes, two guidance streams, most steps reused, on and on in one history."""
+    host = tiny_skyreels(overlap=None, commit=commit, condition_noise=0.0)
+    session = Session(
+        host, policy, prompt_embeds=torch.randn(2, 7, 10), negative_prompt_embeds=torch.zeros(1, 7, 10), decode=False,
+        reuse=FlowCacheReuse(1e9, "latent", warmup=2, last="none", rescale="identity"),
+    )  # fmt: skip
+    sizes = []
+    for _ in range(12):
+        chunk = next(session)
+        assert torch.isfinite(chunk.latents).all()
+        assert chunk.stats.attended_tokens <= policy.chunks * 5 * 4
+        sizes.append(session.history.memory())
+    assert sizes[6] == sizes[-1] and session.stats.reused > session.stats.forwards
+    assert session.history.table().blocks[0].role == "fused"
+
+
+@pytest.mark.parametrize("given", [3, 9, 20])
+def test_a_video_that_is_continued_is_compressed_like_any_past(given):
+    """The published code fails on a given past with compression."""
+    host = tiny_skyreels(overlap=None, condition_noise=0.0)
+    session = Session(host, FlowCacheKV(5), prompt_embeds=torch.randn(1, 7, 10), guidance_scale=1.0, decode=False)
+    session._staggered.begin(torch.randn(1, 4, given, 4, 4))
+    for _ in range(8):
+        chunk = next(session)
+        assert torch.isfinite(chunk.latents).all() and chunk.stats.attended_tokens <= 5 * 5 * 4

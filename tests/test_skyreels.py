@@ -15,7 +15,7 @@ from longtake import LongtakeError
 from longtake.chunk import Clock
 from longtake.history import History
 from longtake.plan import FULL, BlockTable, Drop, Entry, Fuse, HistoryShape, Plan, Signals
-from longtake.policies import FullHistory, KVPolicy, SlidingWindow
+from longtake.policies import FlowCacheKV, FullHistory, KVPolicy, SlidingWindow
 from longtake.reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun
 from longtake.rope import wan_table
 from longtake.samplers.staggered import Stagger, Staggered
@@ -107,6 +107,8 @@ class Replay:
         self.seen: list[tuple[str, int]] = []
         self.row = 0
         shape = replace(history_shape(self.host, self.geometry, 1, 2), frames=self.frames, live_chunks=5)
+        policy = policy.settle(shape)
+        policy.check(shape)
         self.history = History(
             shape, self.host.rotary, streams=("cond", "uncond"), capacity=policy.capacity(shape),
             residency=residency, score=policy.score,
@@ -252,6 +254,19 @@ def test_nothing_outside_the_visible_set_is_ever_read(run: str, residency: str) 
     assert torch.equal(clean.play(), poisoned.play())
     assert clean.outputs.keys() == poisoned.outputs.keys()
     assert all(torch.equal(clean.outputs[key], poisoned.outputs[key]) for key in clean.outputs)
+
+
+@pytest.mark.parametrize(("run", "blocks"), [("compress_b1", 1), ("compress_b2_on", 2)])
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+def test_flowcache_kv_chooses_as_published(run: str, blocks: int, residency: str) -> None:
+    """The library's own policy: fused in the middle of a forward, by the next block's own queries. `blocks` of past
+    beside the five in flight and the one that waits."""
+    policy = FlowCacheKV(chunks=blocks + 6, queries="next", sort=False)
+    replay = Replay(run, policy, RUNS[run][1], residency=residency)
+    replay.play()
+    assert max(replay.errors().values()) < TOLERANCE
+    calls = replay.facts["kv_groups_seen_per_call"]
+    assert [n for stream, n in replay.seen if stream == "cond"] == [n for call in calls[::2] for n in call]
 
 
 def test_survivors_are_chosen_once_for_every_layer_head_and_branch() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 # names → module: `import longtake` stays cheap, torch and diffusers load with the first name that needs them
 _HOME = {
     "Session": "session", "generate": "session", "Chunk": "chunk", "ChunkStats": "chunk",
-    "enable": "enabling", "Stagger": "samplers.staggered",
+    "enable": "enabling", "Stagger": "samplers.stagger",
     "MaskedSampler": "samplers.masked",
     "load": "hosts.loading", "Geometry": "geometry", "Mp4Writer": "video", "read_image": "video",
     "KVPolicy": "policies", "FullHistory": "policies", "SlidingWindow": "policies", "PackCache": "policies",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from .reuse import FlowCacheReuse, NoReuse, ReplayReuse, ReusePolicy, TeaCacheReuse
     from .samplers.masked import MaskedSampler
-    from .samplers.staggered import Stagger
+    from .samplers.stagger import Stagger
     from .session import Session, generate
     from .video import Mp4Writer, read_image
 

@@ -27,7 +27,7 @@ from .hosts.skyreels import SkyReels
 from .plan import HistoryShape
 from .policies import FullHistory, KVPolicy
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
-from .samplers.staggered import COMMITS
+from .samplers.stagger import COMMITS
 
 PIPELINES = ("SkyReelsV2DiffusionForcingPipeline",)
 _REPLACED = "_longtake_enabled"

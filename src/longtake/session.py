@@ -22,9 +22,10 @@ from .hosts.loading import load
 from .plan import COMPRESSED, FULL, Drop, HistoryShape, Plan
 from .policies import FullHistory, KVPolicy, KVRange, SlidingWindow
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
-from .samplers import Sampler, Sampling, default_sampler, staggered
+from .samplers import Sampler, Sampling, default_sampler, runner_of
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
-from .samplers.staggered import Stagger, Staggered
+from .samplers.stagger import Stagger
+from .samplers.staggered import Staggered
 from .switching import CUT_FRAMES, check_switch
 
 
@@ -438,7 +439,7 @@ class Session:
             raise LongtakeError(f"{self.policy.name} keeps compressed chunks, which a staggered take cannot make yet")
         if sampler.window is None:
             sampler.check(self.geometry, self.host.config.training_frames, len(self.host.timetable(sampler.steps)[0]))
-        return staggered(self.host)(
+        return runner_of(self.host)(
             self.host, self.geometry, self.history, self.policy, self._reuse, sampler,
             draw=lambda n: self.noise.draw(self.geometry.channels, n, height, width).to(self.host.device),
             texts={name: stream.text for name, stream in self._streams.items()}, guidance=self.guidance_scale,

@@ -31,7 +31,7 @@ from .policies import KVPolicy
 from .reuse import ReusePolicy
 from .samplers.chunked import NoiseSource
 from .samplers.masked import MaskedSampler
-from .samplers.staggered import Stagger
+from .samplers.stagger import Stagger
 
 if TYPE_CHECKING:
     from .session import Session

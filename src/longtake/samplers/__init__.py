@@ -10,12 +10,13 @@ from .chunked import ChunkedSampler, Schedule
 
 if TYPE_CHECKING:
     from ..hosts.base import Host, HostConfig
-    from .staggered import Stagger, Staggered
+    from .stagger import Stagger
+    from .staggered import Staggered
 
-__all__ = ["ChunkedSampler", "Sampler", "Sampling", "Schedule", "default_sampler", "staggered"]
+__all__ = ["ChunkedSampler", "Sampler", "Sampling", "Schedule", "default_sampler", "runner_of"]
 
 
-def staggered(host: Host) -> type[Staggered]:
+def runner_of(host: Host) -> type[Staggered]:
     """What runs the takes of a staggered host."""
     if host.config.host == "magi":
         from .magi import MagiStaggered
@@ -29,7 +30,7 @@ def staggered(host: Host) -> type[Staggered]:
 def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler | Stagger:
     """The sampler a model is configured for, with `steps` instead of its own number of them."""
     if config.sampler == "staggered":
-        from .staggered import Stagger
+        from .stagger import Stagger
 
         stagger = Stagger.of(config, steps)
         if steps and config.steps and config.host == "magi":  # as many chunks in flight, however many steps
