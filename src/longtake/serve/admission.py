@@ -117,7 +117,7 @@ def fitting(
     host: Host, geometry: Geometry, policy: KVPolicy, shape: HistoryShape, constants: Constants, keep_latents: bool,
     free: int,
 ) -> Fits | None:  # fmt: skip
-    """The largest configuration of `policy` whose session takes at most `free` bytes, found by `policy.fit`."""
+    """A configuration of `policy` whose session takes at most `free` bytes, as large as `policy.fit` makes it."""
     for residency in ("resident", "scratch"):
         budget = free
         for _ in range(12):
