@@ -67,9 +67,8 @@ class Library:
     def draw(self, rng: np.random.Generator, batch: int, chunks: int = 7) -> Batch:
         """`batch` windows of the last (of a middle) or first `chunks` chunks."""
         windows = [self._window(rng, chunks) for _ in range(batch)]
-        latents, captions, frames, actors, learn = zip(*windows, strict=True)
-        latents, frames, actors, learn = (torch.stack(x).to(self.vae.device) for x in (latents, frames, actors, learn))
-        return Batch(latents.float(), list(captions), frames, actors, learn)
+        stack = lambda k: torch.stack([window[k] for window in windows]).to(self.vae.device)  # type: ignore[misc]
+        return Batch(stack(0).float(), [window[1] for window in windows], stack(2), stack(3), stack(4))
 
     def _window(
         self, rng: np.random.Generator, chunks: int

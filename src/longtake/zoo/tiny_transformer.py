@@ -90,7 +90,7 @@ def load(checkpoint: Path, modules: dict[str, torch.nn.Module], device: str = "c
         module.load_state_dict(state["modules"][key])
     parameters = [p for module in modules.values() for p in module.parameters()]
     with torch.no_grad():
-        torch._foreach_copy_(parameters, state["average"])
+        torch._foreach_copy_(list[torch.Tensor](parameters), state["average"])
 
 
 def _loss(
