@@ -26,8 +26,8 @@ LONG_GAPS = (1, 2, 4, 8, 8, 16, 16, 32, 32, 64)
 @dataclass(frozen=True)
 class Batch:
     """Windows of n chunks: latents [B, Z, 3 n, h, w], captions [B], temporal positions `frames` [B, 3 n], `actors`
-    [B, 3 n, h, w], where actors are, and `learn` [B, n], the weight of each chunk: 0 where the window lacks the history
-    that a real take would have."""
+    [B, 3 n, h, w], where actors are (1; 2 if not on their first visit), and `learn` [B, n], the weight of each chunk: 0
+    where the window lacks the history that a real take would have."""
 
     latents: torch.Tensor
     captions: list[str]
@@ -147,14 +147,15 @@ class Library:
 
 
 def _actors(lane: lanes.Lane | None, latents: np.ndarray) -> np.ndarray:
-    """Where the actor is, as bool [F, ROWS, w] on the latent grid, for latent frames [F]."""
-    where = np.zeros((len(latents), ROWS, lanes.SIZE // 8), bool)
+    """Where the actor is, as uint8 [F, ROWS, w] on the latent grid, for latent frames [F]: 1, and 2 on a visit that is
+    not its first, when there is something to be remembered."""
+    where = np.zeros((len(latents), ROWS, lanes.SIZE // 8), np.uint8)
     if lane is None:
         return where
-    for back in range(lanes.STRIDE):
-        x = lane.at(lanes.STRIDE * latents - back)[0]
-        cells = (np.arange(lanes.SIZE // 8) + 0.5) * 8
-        near = np.abs(cells[None] - x[:, None]) < lanes.RADIUS + 4  # comparisons with NaN are false
-        post = (cells > lane.post) & (cells < lane.post + lanes.PILLAR)
-        where[:, lanes.FRIEZE // 8 :] |= (near & ~post)[:, None]
+    back = latents >= (lane.visits[1].start if len(lane.visits) > 1 else np.inf)
+    x = lane.at(lanes.STRIDE * latents)[0]
+    cells = (np.arange(lanes.SIZE // 8) + 0.5) * 8
+    near = np.abs(cells[None] - x[:, None]) < lanes.RADIUS + 4  # comparisons with NaN are false
+    post = (cells > lane.post) & (cells < lane.post + lanes.PILLAR)
+    where[:, lanes.FRIEZE // 8 :] = ((near & ~post) * (1 + back[:, None]))[:, None]
     return where

@@ -17,7 +17,7 @@ FIRST_FILMS = 100
 FILMS = 1500  # a shelf this large is not outlived
 HISTORY_NOISE = 0.3
 OWN = 0.3  # share of windows whose history is the model's own
-ACTOR = 6.0  # weight of a latent cell with an actor in it
+ACTOR, RETURNED = 6.0, 12.0  # weights of a latent cell with an actor in it, on a first visit and on a later one
 FIRST_CHUNK = 2.0  # weight of a take's first chunk: everything after leans on it
 
 
@@ -117,13 +117,13 @@ def _loss(
     noisy = (1 - _spread(sigmas)) * target + _spread(sigmas) * noise
     predicted = causal.velocity(transformer, clean, noisy, 1000 * sigmas, text, window.frames)
     error = (predicted.float() - (noise - target)).square().mean(1)  # [B, F, h, w]
-    actors = window.actors[:, first * CHUNK :].float()
+    actors = window.actors[:, first * CHUNK :]
     learn = window.learn[:, first:].repeat_interleave(CHUNK, 1)[:, :, None, None]
     if first == 0:
         learn = learn.clone()
         learn[:, :CHUNK] *= FIRST_CHUNK
-    weight = learn * (1 + (ACTOR - 1) * actors)
-    seen = learn * actors
+    weight = learn * torch.tensor([1.0, ACTOR, RETURNED], device=x.device)[actors.long()]
+    seen = learn * (actors > 0)
     return (error * weight).sum() / weight.sum(), float((error.detach() * seen).sum() / seen.sum().clamp_min(1))
 
 
