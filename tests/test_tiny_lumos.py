@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,15 @@ from longtake.hosts.lumos.fsq import FSQ
 from longtake.hosts.lumos.sequence import FIXED, MASKED, frame_ids, header
 from longtake.rope import mm_rope_table
 from longtake.samplers.masked import history_pattern
-from longtake.zoo import lanes, tiny_lumos, tiny_lumos_clips, tiny_lumos_tokenizer, train_tiny_lumos
+from longtake.zoo import (
+    lanes,
+    tiny_lumos,
+    tiny_lumos_clips,
+    tiny_lumos_learning,
+    tiny_lumos_tokenizer,
+    train_tiny_lumos,
+)
+from longtake.zoo.stages import Stage
 from longtake.zoo.tiny_lumos import GEOMETRY, WORDS
 
 N = GEOMETRY.tokens_per_frame
@@ -227,7 +236,7 @@ def test_a_window_can_be_learnt(library):
     torch.manual_seed(0)
     model = tiny_lumos.build()
     tiny_lumos.share_digits(model)
-    learn = [o for make in [tiny_lumos_tokenizer.optimizers(model, tiny_lumos.OUTER, 3e-3)]
+    learn = [o for make in [tiny_lumos_learning.optimizers(model, tiny_lumos.OUTER, 3e-3)]
              for o in make(list(model.parameters()))]  # fmt: skip
     words, windows = tiny_lumos.text_tokenizer(), library.draw(np.random.default_rng(0), 1, 5)
     losses = []
@@ -269,12 +278,23 @@ def test_clips_weigh_what_moves_and_hold_whole_latent_frames():
 
 def test_muon_learns_the_inner_matrices_alone(tokenizer):
     module = tiny_lumos_tokenizer.build()
-    muon, adam = tiny_lumos_tokenizer.optimizers(module, tiny_lumos_tokenizer.OUTER, 1e-3)(list(module.parameters()))
+    muon, adam = tiny_lumos_learning.optimizers(module, tiny_lumos_tokenizer.OUTER, 1e-3)(list(module.parameters()))
     inner = {id(p) for group in muon.param_groups for p in group["params"]}
     outer = {id(p) for group in adam.param_groups for p in group["params"]}
     assert not inner & outer and len(inner) + len(outer) == len(list(module.parameters()))
     for name, p in module.named_parameters():
         assert (id(p) in inner) == (p.ndim == 5 and "enter" not in name and "leave" not in name), name
+
+
+def test_minutes_are_those_the_training_had_of_the_machine(tmp_path):
+    stage = Stage("toy", tmp_path, {"net": torch.nn.Linear(2, 2)}, 1.0, 1e-3)
+    begun, own = time.monotonic(), time.thread_time()
+    for turn, _ in enumerate(tiny_lumos_learning.own_minutes(stage, "cpu")):
+        time.sleep(0.05)  # somebody else's turn
+        if turn == 10:
+            break
+    assert stage.used <= time.thread_time() - own + 1e-3 < 0.5 * (time.monotonic() - begun)
+    assert stage.used >= 0
 
 
 # --- its folder -----------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def tiny_lumos(
 ) -> None:
     """Train an embedded Lumos-1 from nothing on its procedural world, and write it as a folder that --model takes.
 
-    The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
+    On a CPU, minutes are those the training had a core for: a busy machine makes it last longer. The same command goes
+    on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
     minutes = {"tokenizer": tokenizer_minutes, "transformer": transformer_minutes}
     _check(minutes, batch, threads, device)

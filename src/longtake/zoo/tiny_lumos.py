@@ -25,7 +25,8 @@ from longtake.rope import RotaryTable, mm_rope_table
 from longtake.zoo import lanes, tiny_text
 from longtake.zoo.stages import Stage
 from longtake.zoo.tiny_lumos_clips import ROWS, WINDOW, Library, Window
-from longtake.zoo.tiny_lumos_tokenizer import LEVELS, optimizers
+from longtake.zoo.tiny_lumos_learning import optimizers, own_minutes
+from longtake.zoo.tiny_lumos_tokenizer import LEVELS
 
 VOCABULARY = {
     "bos": 0, "frame_end": 1, "frame_begin": 2, "separator": 3, "newline": 4, "mask": 5, "video_begin": 6,
@@ -118,7 +119,7 @@ def train(
     library = Library(tokenizer, seed + stage.steps)
     library.grow(FIRST_FILMS)
     words = text_tokenizer()
-    for share in stage:
+    for share in own_minutes(stage, device):
         rng = np.random.default_rng([seed, 3, stage.steps])
         library.grow(int(library.films < FILMS and rng.random() < 0.3))
         short = share < 0.35 and start is None
@@ -173,7 +174,7 @@ def prompts(windows: list[Window], words: PreTrainedTokenizerFast, rng: np.rando
     """Ids [B, T] as the host makes them of captions, for takes of any length: nothing can be learnt from the seconds.
     Now and then all are empty."""
     if rng.random() < EMPTY:
-        texts = [[] for _ in windows]
+        texts: list[list[int]] = [[] for _ in windows]
     else:
         texts = [words(_reworded(lanes.caption(window.shapes), rng), add_special_tokens=False).input_ids
                  for window in windows]  # fmt: skip

@@ -1,6 +1,5 @@
 """The video tokenizer of tiny-lumos: an `FSQTokenizer` of 4 x 8 x 8 pixels a code, trained on the world of lanes."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,8 @@ import torch
 
 from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.zoo import lanes, tiny_vae
-from longtake.zoo.muon import Muon
 from longtake.zoo.stages import Stage
+from longtake.zoo.tiny_lumos_learning import optimizers, own_minutes
 
 LEVELS = (8, 8, 6, 5)
 WIDTHS = (16, 32, 64)
@@ -36,7 +35,7 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> FSQTokenizer:
     stage = Stage(
         "tokenizer", folder, {"tokenizer": tokenizer}, minutes, RATE, optimizers=optimizers(tokenizer, OUTER, RATE)
     )
-    for share in stage:
+    for share in own_minutes(stage, device):
         rng = np.random.default_rng([seed, stage.steps])
         # Both halves carry state from frame to frame: without long clips in training they wear out on long videos.
         frames = int(rng.choice([1, 5, 5, 9] if share < 0.7 else [5, 9, 17, 33]))
@@ -53,17 +52,6 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> FSQTokenizer:
         for p in tokenizer.parameters():
             p.copy_(p.half().float())
     return tokenizer.eval().requires_grad_(False)
-
-
-def optimizers(
-    module: torch.nn.Module, outer: Sequence[str], rate: float
-) -> Callable[[list[torch.nn.Parameter]], list[torch.optim.Optimizer]]:
-    """What a stage over `module` learns with: Muon, but AdamW for vectors and for names with a part that is `outer`."""
-    others = {id(p) for name, p in module.named_parameters() if p.ndim < 2 or any(part in name for part in outer)}
-    return lambda parameters: [
-        Muon([p for p in parameters if id(p) not in others], lr=rate),
-        torch.optim.AdamW([p for p in parameters if id(p) in others], lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
 
 
 def dirty(values: torch.Tensor, levels: tuple[int, ...], share: float = DIRT) -> torch.Tensor:

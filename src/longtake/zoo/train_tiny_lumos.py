@@ -48,8 +48,8 @@ def train(
 ) -> dict[str, object]:
     """Run or resume both stages and write the model folder `out`; returns what `training.json` says.
 
-    `minutes` are the budgets of "tokenizer" and "transformer". With `begin`, the folder of another training, its
-    tokenizer is taken as it is, and the transformer begins with its weights.
+    `minutes` are the budgets of "tokenizer" and "transformer", in CPU time (see `own_minutes`). With `begin`, the
+    folder of another training, its tokenizer is taken as it is, and the transformer begins with its weights.
     """
     work, begun = out / "work", time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
