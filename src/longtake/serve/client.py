@@ -25,6 +25,7 @@ from ..errors import LongtakeError
 from .protocol import VERSION
 
 _BLOCK = 1 << 18
+_ENDS = (1000, 1001, 1012)  # WebSocket codes of an end that was meant
 
 
 class ServerError(LongtakeError):
@@ -108,7 +109,8 @@ class Client:
 
 
 class Stream:
-    """What comes to a viewer, in order: dicts are messages, bytes are video. Ends with the session or the server."""
+    """What comes to a viewer, in order: dicts are messages, bytes are video. Ends with the session or the server; raises
+    LongtakeError if the connection breaks."""
 
     def __init__(self, client: Client, name: str, format: str) -> None:
         self._client, self._name, self._format = client, name, format
@@ -135,7 +137,15 @@ class Stream:
         self.socket.close()
 
     def __iter__(self) -> Iterator[dict[str, Any] | bytes]:
-        for item in self.socket:
+        from websockets.exceptions import ConnectionClosed
+
+        while True:
+            try:
+                item = self.socket.recv()
+            except ConnectionClosed as end:
+                if end.rcvd is not None and end.rcvd.code in _ENDS:
+                    return
+                raise LongtakeError(f"the stream was cut off: {end}") from end
             yield json.loads(item) if isinstance(item, str) else item
 
     def steer(self, **action: Any) -> int:

@@ -69,6 +69,7 @@ class Item:
     payload: str | bytes
     key: bool | None = None
     frame: int = 0
+    lost: int = 0  # fragments that this message is about
 
 
 class Viewer:
@@ -126,17 +127,18 @@ class Viewer:
 
     def _offer_video(self, item: Item) -> None:
         if self._bytes and self._bytes + len(item.payload) > self._limit:
-            gone = self._media
-            self._items = deque(kept for kept in self._items if kept.key is None)
-            self._bytes, self._lost, self.dropped = 0, self._lost + gone, self.dropped + gone
-            self._lost, self.dropped = self._lost + (not item.key), self.dropped + (not item.key)
+            gone = self._media + (not item.key)
+            told = sum(note.lost for note in self._items)  # of what went before, told once for all
+            self._items = deque(kept for kept in self._items if kept.key is None and not kept.lost)
+            self._bytes, self._lost, self.dropped = 0, self._lost + told + gone, self.dropped + gone
             if not item.key:
                 return
         elif self._lost and not item.key:
             self._lost, self.dropped = self._lost + 1, self.dropped + 1
             return
         if self._lost:
-            self._items.append(Item(Dropped(fragments=self._lost, frame=item.frame).model_dump_json()))
+            note = Dropped(fragments=self._lost, frame=item.frame)
+            self._items.append(Item(note.model_dump_json(), lost=self._lost))
             self._lost = 0
         self._items.append(item)
         self._bytes += len(item.payload)
