@@ -102,7 +102,7 @@ class History:
         block = self._next_id
         self._next_id += 1
         per_stream = positions if isinstance(positions, Mapping) else dict.fromkeys(self.streams, positions)
-        self._live[block] = Live({(s, FULL): p for s, p in per_stream.items()}, **self._remembered())
+        self._live[block] = Live({(s, FULL): p for s, p in per_stream.items()}, scores=self._scored(), queries=self._queries())
         tokens = len(per_stream[self.streams[0]][0])
         self.blocks.append(Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural))
         return block
@@ -184,7 +184,7 @@ class History:
             for form in old.forms:
                 rows = store.held[(block, form)].rows.to(store.base.device)
                 positions[(stream, form)] = (store.base[rows], store.step[rows])
-        self._live[block] = Live(positions, reopened=True, **self._remembered())
+        self._live[block] = Live(positions, reopened=True, scores=self._scored(), queries=self._queries())
         self.blocks[at] = replace(old, role="anchor" if old.role == "anchor" else "live")
         self._close_views()
         return BlockTable(tuple(b for b in self.blocks[:at]), (self.blocks[at],), old.frame)
@@ -256,7 +256,8 @@ class History:
         view, with what it fetches into; and the archive in host memory, if there is one."""
         kept = [t for view in self.views.values() for t in (*view.scores.values(), *view.queries.values())]
         parts = {
-            "store": sum(s.nbytes for s in (*self.stores.values(), *self.sums.values(), *kept)),
+            "store": sum(s.nbytes for s in self.stores.values()) + sum(s.nbytes for s in self.sums.values())
+            + sum(t.nbytes for t in kept),
             "view": self.buffers.nbytes + sum(staging.nbytes for staging in self.staging.values()),
         }
         if self.archives:
@@ -271,9 +272,8 @@ class History:
 
     # --- within -------------------------------------------------------------------------------------------------
 
-    def _remembered(self) -> dict[str, dict[str, dict[int, Tensor]]]:
-        queries = {stream: dict(view.queries) for stream, view in self.views.items()}
-        return {"scores": self._scored(), "queries": queries}
+    def _queries(self) -> dict[str, dict[int, Tensor]]:
+        return {stream: dict(view.queries) for stream, view in self.views.items()}
 
     def _scored(self) -> dict[str, dict[int, Tensor]]:
         return {stream: dict(view.scores) for stream, view in self.views.items()}

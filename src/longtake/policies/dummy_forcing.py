@@ -7,6 +7,7 @@ original's draw differs from run to run), and keep their group for the take, wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Self
@@ -67,7 +68,7 @@ class DummyForcing(KVPolicy):
         parts = [part for a, b, who in shown for part in _entries(blocks, a, b, who)]
         return Plan((*anchors, *parts), tuple(_rest(blocks, shown)), observe=())
 
-    def _grouped(self, layers: dict[int, Tensor]) -> Tensor:
+    def _grouped(self, layers: Mapping[int, Tensor]) -> Tensor:
         """Group of every head, each take for itself: masses [B, H, 3] by layer → [L, B, H]."""
         mass = torch.stack([layers[layer] for layer in sorted(layers)])  # [L, B, H, 3]
         count = round(self.dummy * mass.shape[0] * mass.shape[2])
@@ -125,7 +126,7 @@ def _entries(blocks: list[Block], first: int, last: int, heads: dict[str, Tensor
     return [Entry(block, tokens=tokens, heads=heads) for block, tokens in parts if len(tokens)]
 
 
-def _rest(blocks: list[Block], shown: list[tuple[int, int, object]]) -> list[Drop]:
+def _rest(blocks: list[Block], shown: Sequence[tuple[int, int, object]]) -> list[Drop]:
     """What is shown to no head."""
     drops = []
     for block in blocks:

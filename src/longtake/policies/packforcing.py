@@ -199,9 +199,9 @@ class PackForcing(KVPolicy):
             recent = self.recent + left // per_recent
             archive += 0 if self.offload else left % per_recent // block
             return replace(least, recent=recent, archive=archive)
-        least = replace(self, sink=0, archive=0 if self.offload else 1, archive_bytes=None).capacity(endless)
+        needed = replace(self, sink=0, archive=0 if self.offload else 1, archive_bytes=None).capacity(endless)
         raise LongtakeError(
-            f"{budget} bytes: packforcing needs {least * shape.token_bytes} bytes for the newest chunk and the one in "
+            f"{budget} bytes: packforcing needs {needed * shape.token_bytes} bytes for the newest chunk and the one in "
             "flight"
         )
 
@@ -241,7 +241,7 @@ class PackForcing(KVPolicy):
             moved = sink
         else:
             moved, rest = [*sink, *middle], []
-        entries = pack_right(moved, start)  # type: ignore[arg-type]
+        entries = pack_right(moved, start)
         return [(entry, f, n) for entry, (_, f, n) in zip(entries, moved, strict=True)] + rest
 
     def _choice(self, middle: Sequence[Block], slots: tuple[float, ...]) -> Choose:
