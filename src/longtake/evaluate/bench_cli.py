@@ -77,6 +77,46 @@ def packcache(
     typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
 
 
+def packforcing(
+    shape: Annotated[str, typer.Option(help="cpu-small, gpu-wan-1.3b, or cpu-micro to try it.")] = "cpu-small",
+    chunk: Annotated[int | None, typer.Option(help="Latent frames of a chunk; default the shape's own.")] = None,
+    chunks: Annotated[int, typer.Option(help="Length of the take; two minutes of Wan in chunks of 4 are 121.")] = 60,
+    full_chunks: Annotated[int, typer.Option(help="How far full history is followed beside it.")] = 20,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="packforcing, with options.")] = "packforcing",
+    residency: Annotated[str, typer.Option(help="Where the view lives: resident or scratch.")] = "scratch",
+    decode: Annotated[
+        bool | None, typer.Option("--decode/--no-decode", help="Decode the frames; default on a GPU.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for packforcing-DEVICE.json and .png.")] = Path("benchmarks"),
+    force: Annotated[bool, typer.Option("--force", help="Measure on a busy machine; the result is marked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default the shape's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the shape's own.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's choice.")] = None,
+) -> None:
+    """What a compressed, chosen middle costs and saves: shares of a chunk's time, the score against the double sum, and
+    time and tokens against full history and the window of the same bytes."""
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+
+    from ..policies import PackForcing, parse
+    from .bench_packforcing import run
+
+    asked = parse(policy)
+    if not isinstance(asked, PackForcing):
+        raise LongtakeError(f"--policy {policy}: this measures packforcing, give packforcing[:key=value,…]")
+    _hush()
+    with _bars() as progress:
+        report = run(
+            shape, chunk=chunk, chunks=chunks, full_chunks=full_chunks, policy=asked, residency=residency,
+            decode=decode, device=device, dtype=dtype, threads=threads, force=force,
+            command=shlex.join(["longtake", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    written = report.write(out, f"packforcing-{report.settings['device'].partition(':')[0]}")
+    typer.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report.text())
+    typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
+
+
 def flowcache_kv(
     shape: Annotated[str, typer.Option(help="magi-4.5b, or micro to try it.")] = "magi-4.5b",
     pairs: Annotated[int, typer.Option(help="Alternating measurements of the two ways.")] = 5,
