@@ -1,6 +1,7 @@
 """FLOPs by counting: the published totals, what our samplers execute, and skipped steps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from longtake.planner.skyreels import count as count_skyreels
 from longtake.planner.skyreels import vanilla_flops, windows
 from longtake.policies import KVRange
 
+from .skyreels import tiny_skyreels
 from .tiny import text, tiny_wan
 
 THEORY = json.loads((Path(__file__).parent / "goldens" / "relative_l1_theory.json").read_text())
@@ -195,3 +197,18 @@ def test_flops_add_up():
     a = Flops(1, 2, 3)
     assert (a + a).as_dict() == {"linear": 2, "attention": 4, "cross": 6, "total": 12} == (a * 2).as_dict()
     assert Flops(10**15).peta == 1 and torch.tensor(a.total) == 6
+
+
+@pytest.mark.parametrize("frames", [45, 27, 12])
+def test_the_planner_counts_what_the_staggered_sampler_executes(frames):
+    """Forwards and attention of a whole take in windows, uneven tail included, with guidance."""
+    host = tiny_skyreels()
+    shape = replace(SKY, layers=2, hidden=24, ffn=32, steps=host.config.steps, lag=host.config.lag)
+    session = Session(
+        host, FullHistory(), prompt_embeds=torch.randn(1, 7, 10), negative_prompt_embeds=torch.zeros(1, 7, 10),
+        num_frames=4 * (frames - 1) + 1, decode=False,
+    )  # fmt: skip
+    stats = [chunk.stats for chunk in session]
+    planned_ = count_skyreels(shape, frames, 4, FullHistory(), chunk=5, steps=shape.steps)
+    assert sum(s.forwards for s in stats) == planned_.forwards
+    assert sum(s.flops.attention for s in stats) == planned_.total.attention

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from longtake import (
     FlowCacheReuse,
@@ -19,6 +20,7 @@ from longtake import (
     SlidingWindow,
     TeaCacheReuse,
 )
+from longtake.cli import app
 from longtake.hosts.reusable import timestep_feature
 from longtake.reuse import PRESETS, Change, Decision, ReuseRun, ReuseState, Turn, parse, read_log, write_log
 from longtake.reuse.presets import POLYNOMIALS, rescaled
@@ -538,3 +540,31 @@ def test_no_policy_is_asked_about_streams_so_their_decisions_cannot_come_apart()
     for stats in counts:
         assert stats.reused == 2 * sum(d.reused for d in stats.decisions)
     assert isinstance(counts[0].decisions[0], Decision)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_generate_says_the_schedule_writes_the_log_and_replays_it(tmp_path):
+    log, clip, latents_file = tmp_path / "log.json", tmp_path / "a.mp4", tmp_path / "a.safetensors"
+    base = ["generate", "a red ball", "--chunks", "2", "--json", "--size", "64x64"]
+    files = ["-o", str(clip), "--latents", str(latents_file), "--reuse-log", str(log)]
+    result = CliRunner().invoke(app, [*base, *files, "--reuse", "flowcache:fast"])
+    assert result.exit_code == 0, result.output
+    assert "reuses 2 of 4 steps of a chunk: steps 1, 2" in result.stderr
+    report = json.loads(result.stdout)
+    assert report["reused"] == 4 and report["reuse"].startswith("flowcache:threshold=0.8,metric=timestep")
+    assert parse(report["reuse"]).threshold == 0.8
+    again = [*base, "-o", str(tmp_path / "b.mp4"), "--latents", str(tmp_path / "b.safetensors")]
+    result = CliRunner().invoke(app, [*again, "--reuse", f"replay:{log}"])
+    assert result.exit_code == 0, result.output
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_policies_lists_reuse_policies_and_the_thresholds_of_models():
+    told = json.loads(CliRunner().invoke(app, ["policies", "--json"]).stdout)
+    assert {"none", "flowcache", "teacache", "replay"} <= set(told["reuse"])
+    assert told["reuse_presets"]["magi"]["slow"] == 0.01
+    text_ = CliRunner().invoke(app, ["policies"]).stdout
+    assert "magi: 0.01 / 0.015" in text_ and "teacache" in text_
