@@ -18,6 +18,7 @@ from longtake.zoo.muon import Muon
 
 CHECKPOINT_SECONDS = 90.0
 LOG_SECONDS = 10.0
+PAUSE_SECONDS = 60.0  # a turn that took longer was a stopped process: no more of it counts
 # Parts of a parameter's name that mark embeddings, tables and outermost layers; those learn with AdamW.
 ENDS = ("shared", "bias", "table", "embed", "patch_embedding", "proj_out", "conv_in", "conv_out", "quant_conv")
 
@@ -64,7 +65,7 @@ class Stage:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             yield share
             now = time.monotonic()
-            self.used, last = self.used + now - last, now
+            self.used, last = self.used + min(now - last, PAUSE_SECONDS), now
             if now - logged > LOG_SECONDS:
                 self._log()
                 logged = now
@@ -101,8 +102,8 @@ class Stage:
             "modules": {key: module.state_dict() for key, module in self.modules.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
-            "steps": self.steps,
             "beside": {key: part.state_dict() for key, part in self.beside.items()},
+            "steps": self.steps,
             "used": self.used,
         }
         torch.save(state, self.checkpoint.with_suffix(".new"))
@@ -114,9 +115,9 @@ class Stage:
             module.load_state_dict(state["modules"][key])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.average, self.steps, self.used = state["average"], state["steps"], state["used"]
         for key, part in self.beside.items():
             part.load_state_dict(state["beside"][key])
+        self.average, self.steps, self.used = state["average"], state["steps"], state["used"]
 
     def _log(self) -> None:
         means = {key: sum(values) / len(values) for key, values in self.sums.items()}
