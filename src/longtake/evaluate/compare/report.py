@@ -9,11 +9,11 @@ from typing import Any
 
 ENOUGH = 256  # events of an arm, for a figure to be leant on
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:1.5rem auto;padding:0 1rem;color:#1b1f24}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:1.5rem auto;padding:0 1rem;color:#1b1f24}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2rem 0 .3rem}small,.note{color:#5b636d;overflow-wrap:anywhere}
 .wide{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 th,td{border-bottom:1px solid #d6dbe1;padding:.3rem .6rem;text-align:right;white-space:nowrap;vertical-align:top}
-th{vertical-align:bottom;font-weight:600}td small{display:block;font-size:11px}
+th{vertical-align:bottom;font-weight:600;white-space:normal;min-width:3.5rem}td small{display:block;font-size:11px}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff;max-width:34vw;
 white-space:normal;min-width:7rem}tr.control td{color:#5b636d}tr.control td:first-child{font-style:italic}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:.5rem}img{width:100%}
@@ -66,7 +66,7 @@ def page(summary: dict[str, Any]) -> str:
             + (f" <b>Only {few} events in a row: too few to lean on.</b>" if few < ENOUGH else "")
             + "</p>"
         )
-        parts += [_table(table), _figures(table)]
+        parts += [_figures(table), _table(table)]
     if summary.get("notes"):
         listed = "".join(f"<li>{_escape(note)}</li>" for note in summary["notes"])
         parts.append(f"<h2>Not in the tables</h2><ul>{listed}</ul>")
@@ -129,7 +129,7 @@ def colours_of(table: dict[str, Any]) -> dict[str, str]:
 
 def _figures(table: dict[str, Any]) -> str:
     images = "".join(
-        f"<img alt='curves of the table above' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+        f"<img alt='curves of the table below' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
         for data in figures(table)
     )
     legend = "".join(
@@ -180,7 +180,7 @@ def _admission(admitted: dict[str, bool]) -> str:
 
 def _origin(summary: dict[str, Any]) -> str:
     origin = summary.get("origin", {})
-    commit = (origin.get("git") or {}).get("commit", "unknown commit")
+    commit = (origin.get("git") or {}).get("commit", "unknown commit")[:12]
     machine = origin.get("machine", {})
     return " · ".join(filter(None, (origin.get("date"), machine.get("gpu") or machine.get("cpu"), commit)))
 
