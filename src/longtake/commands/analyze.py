@@ -136,6 +136,47 @@ def reuse(
     shell.say(f"written: {', '.join(str(path) for path in written)}")
 
 
+@analyze.command("selection")
+@shell.guarded
+def selection(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    policy: Annotated[str, Option("--policy", "-p", help="packforcing, with options.")] = "packforcing",
+    chunks: Annotated[int, Option(help="Length of the take in chunks.")] = 100,
+    seed: Annotated[int, Option(help="Start of the random numbers.")] = 0,
+    size: options.Size = None,
+    out: Annotated[Path, Option(help="Folder for selection.json and the figures.")] = Path("analysis"),
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Record which blocks of the middle PackForcing picks, and how demand spreads over the history."""
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    height, width = shell.parse_size(size)
+    shell.check_device(device)
+
+    from ..evaluate.selection import measure
+    from ..policies import PackForcing, parse
+    from .generate import load_host
+    from .options import DEFAULT_MODEL
+
+    asked = parse(policy)
+    if not isinstance(asked, PackForcing):
+        raise LongtakeError(f"--policy {policy}: only packforcing chooses blocks, give packforcing[:key=value,…]")
+    shell.hush()
+    host = load_host(model or DEFAULT_MODEL, device, dtype, None, "offload")
+    said = prompt or next(iter(host.config.prompts), None)
+    if said is None:
+        raise LongtakeError(f"{host.name} comes without example prompts: give a prompt")
+    with shell.cpu_threads(None, host):
+        report = measure(host, said, policy=asked, chunks=chunks, seed=seed, height=height, width=width)
+    written = report.write(out)
+    shell.answer(report.as_dict(), report.text(), as_json)
+    shell.say(f"written: {', '.join(str(path) for path in written)}")
+
+
 def _settings_file(model: str) -> Path:
     """The longtake.json of an embedded model or a folder. Raises LongtakeError where there is none."""
     from ..hosts.base import CONFIG_NAME
