@@ -255,7 +255,7 @@ def test_a_memory_budget_is_kept_and_fills_the_window(model, host, folder):
     shape = longtake.session.history_shape(host, host.geometry())
     made = report(generate(model, "--chunks", 1, "--memory", f"{(8.5 * shape.frame_bytes) / 1024:.3f}KiB", "--json"))
     assert made["policy"] == "window:frames=8,sink=2,positions=absolute"
-    refused(generate(model, "--memory", "1KB"), "1000 bytes", "at least one chunk")
+    refused(generate(model, "--memory", "1KB"), "1000 bytes", "at least the 2 in flight")
     refused(generate(model, "--memory", "1GB", "--policy", "full"), "full", "cannot be fitted")
 
 
@@ -735,7 +735,7 @@ def test_bench_shares_the_exit_codes(folder):
 def test_training_refuses_what_cannot_work_before_it_starts(folder):
     Path("file").write_text("")
     refused(run("train", "tiny-wan", "--out", "m", "--vae-minutes", "0"), "--vae-minutes 0")
-    refused(run("train", "tiny-wan", "--out", "m", "--transformer-minutes", "nan"), "--transformer-minutes nan")
+    refused(run("train", "tiny-wan", "--out", "m", "--many-minutes", "nan"), "--many-minutes nan")
     refused(run("train", "tiny-wan", "--out", "m", "--batch", "0"), "--batch 0")
     refused(run("train", "tiny-wan", "--out", "m", "--device", "abacus"), "'abacus'")
     refused(run("train", "tiny-wan", "--out", "m", "--threads", "0"), "0 threads")

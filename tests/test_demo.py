@@ -113,7 +113,7 @@ def test_the_page_opens_from_disk_and_refers_to_nothing_else(made):
     assert parsed.links.count("demo.json") == 1
     assert [t["video"] for t in result["takes"]] == [link for link in parsed.links if link.endswith(".mp4")]
     assert sorted(result["files"]) == sorted(os.listdir(out))
-    assert json.loads((out / "demo.json").read_text()) == result
+    assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(result))
     assert "width=device-width" in html and "prefers-color-scheme:dark" in html
 
 
@@ -225,8 +225,9 @@ def test_the_line_up_leaves_out_what_cannot_be_fitted_and_says_why(host, monkeyp
     for cls in (Fitted, Unfit):
         cls.__module__ = "longtake.policies.test"
     monkeypatch.setattr(module, "available", lambda: {"fitted": Fitted, "unfit": Unfit})
+    monkeypatch.setattr(module, "METHODS", ("fitted", "unfit"))
     entries, left_out = line_up(host)
-    assert [label for label, _ in entries][-1] == "window 6, sink 3"  # the same bytes as the model's window
+    assert [label for label, _ in entries][-1] == "fitted (frames 6)"  # the same bytes as the model's window
     assert left_out == [{"policy": "unfit", "why": "unfit cannot be fitted to a byte budget"}]
 
 
@@ -266,7 +267,7 @@ def test_policies_that_could_not_be_told_apart_are_refused(host, tmp_path):
     def another() -> SlidingWindow:
         return type("Mine", (SlidingWindow,), {"name": ""})(6, 2)
 
-    with pytest.raises(longtake.LongtakeError, match="both called window 6, sink 2"):
+    with pytest.raises(longtake.LongtakeError, match="both called Mine"):
         make_demo(tmp_path / "out", host, prompts=["red"], policies=[another(), another()], seconds=0.5)
 
 

@@ -228,7 +228,7 @@ def test_a_fitted_window_is_the_longest_within_the_bytes_and_works(shape, frames
     budget = int(frames * shape.frame_bytes)
     policy = SlidingWindow(21, sink, positions)
     if budget < shape.chunk_frames * shape.frame_bytes:
-        with pytest.raises(LongtakeError, match=f"one chunk of {shape.chunk_frames}, "):
+        with pytest.raises(LongtakeError, match=f"at least the {shape.live_frames} in flight, "):
             policy.fit(budget, shape)
         return
     fitted = policy.fit(budget, shape)

@@ -39,6 +39,7 @@ SECONDS = 12.0  # of video per take, unless the machine is too slow for it
 BUDGET = 100.0  # seconds that all takes together may need; with loading and waste a demo stays below three minutes
 COLUMNS = 8  # moments on the contact sheet
 CELL = 128  # its cells' height in pixels
+METHODS = ("packcache", "packforcing", "flowcache")  # beside full history and windows
 MADE_BY = "longtake demo"
 
 Tick = Callable[[str, int, int], None]  # what is being made, chunks done, chunks in all
@@ -105,7 +106,7 @@ def line_up(host: Host) -> tuple[list[tuple[str, KVPolicy]], list[dict[str, str]
     """Labelled policies worth seeing side by side, and which known ones do not fit this model and why.
 
     Full history; the window the model was made for, as it is and with positions packed; a window of three chunks
-    without sink; and every other method of the library, fitted to the bytes of the model's window.
+    without sink; and the three methods that the library is about, fitted to the bytes of the model's window.
     """
     shape = history_shape(host, host.geometry())
     window = default_policy(host)
@@ -114,11 +115,9 @@ def line_up(host: Host) -> tuple[list[tuple[str, KVPolicy]], list[dict[str, str]
     if isinstance(window, SlidingWindow):
         chosen += [replace(window, positions="slots"), SlidingWindow(3 * shape.chunk_frames, sink=0)]
     left_out = []
-    for name, cls in sorted(available().items()):
-        if cls in {type(policy) for policy in chosen} or not cls.__module__.startswith("longtake."):
-            continue
+    for name in METHODS:
         try:
-            policy = cls().fit(budget, shape)
+            policy = available()[name]().fit(budget, shape)
             policy.check(shape)
             chosen.append(policy)
         except LongtakeError as error:
@@ -130,7 +129,7 @@ def label_of(policy: KVPolicy) -> str:
     """A policy in a few words."""
     if isinstance(policy, FullHistory):
         return "full history"
-    if isinstance(policy, SlidingWindow):
+    if type(policy) is SlidingWindow:
         sink = f"sink {policy.sink}" if policy.sink else "no sink"
         return f"window {policy.frames}, {sink}" + ("" if policy.positions == "absolute" else f", {policy.positions}")
     name, options = describe(policy)
