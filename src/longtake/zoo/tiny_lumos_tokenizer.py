@@ -38,7 +38,7 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> FSQTokenizer:
     for share in own_minutes(stage, device):
         rng = np.random.default_rng([seed, stage.steps])
         # Both halves carry state from frame to frame: without long clips in training they wear out on long videos.
-        frames = int(rng.choice([1, 5, 5, 9] if share < 0.7 else [5, 9, 17, 33]))
+        frames = int(rng.choice([1, 5, 9, 17] if share < 0.6 else [5, 9, 17, 33]))
         pixels, weight = _clips(rng, frames, max(1, FRAMES // (frames + 3)), device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             values = tokenizer.quantised(pixels)
