@@ -215,9 +215,7 @@ def flowcache_take(loops: tuple, key: str, residency: str, carry: str = "update"
         **config, "num_steps": run["num_steps"], "window_size": run["window"], "special_tokens": (),
         "nearly_clean": not run["discard_nearly_clean"],
     })  # fmt: skip
-    host = MagiHost(
-        golden_model(tensors, config), settings, replace(host_config(settings), chunk_frames=config["cw"])
-    )
+    host = MagiHost(golden_model(tensors, config), settings, replace(host_config(settings), chunk_frames=config["cw"]))
     y, mask = (tensors[f"{run['inputs']}/{name}"] for name in ("y", "text_mask"))
     policy: KVPolicy = FullHistory()
     if run["compress"]:

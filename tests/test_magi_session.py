@@ -52,9 +52,7 @@ def test_the_published_files_say_how_a_model_is_run(base: MagiHost, distilled: M
 @pytest.mark.parametrize(
     "policy", [None, FullHistory(), SlidingWindow(14, sink=2), FlowCacheKV(7)], ids=lambda p: type(p).__name__
 )
-def test_twelve_chunks_come_out_under_every_policy(
-    kind: str, policy: object, request: pytest.FixtureRequest
-) -> None:
+def test_twelve_chunks_come_out_under_every_policy(kind: str, policy: object, request: pytest.FixtureRequest) -> None:
     host = request.getfixturevalue(kind)
     take = Session(host, policy, prompt_embeds=words(2), chunks=12, seed=5)
     chunks = list(take)
@@ -169,9 +167,7 @@ def test_another_number_of_steps_keeps_as_many_chunks_in_flight(kind: str, reque
 
 @pytest.mark.parametrize("residency", ["resident", "scratch"])
 @pytest.mark.parametrize("kind", ["base", "distilled"])
-@pytest.mark.parametrize(
-    "policy", [None, FullHistory(), FlowCacheKV(6)], ids=["ranges", "full", "flowcache"]
-)
+@pytest.mark.parametrize("policy", [None, FullHistory(), FlowCacheKV(6)], ids=["ranges", "full", "flowcache"])
 def test_no_forward_looks_at_memory_that_nobody_wrote(
     kind: str, policy: object, residency: str, request: pytest.FixtureRequest
 ) -> None:
@@ -247,8 +243,8 @@ def test_files_that_cannot_work_are_refused_in_one_line(tmp_path: Path) -> None:
 
     weights = lambda folder: folder / "inference_weight"
     index = lambda folder: weights(folder) / "model.safetensors.index.json"
-    config = lambda **changes: lambda folder: (folder / "4.5B_config.json").write_text(
-        json.dumps(published_config(tiny_model(), **changes))
+    config = lambda **changes: (
+        lambda folder: (folder / "4.5B_config.json").write_text(json.dumps(published_config(tiny_model(), **changes)))
     )
     refused("fp8 weights", lambda folder: weights(folder).rename(folder / "inference_weight.fp8"))
     refused("zstd -d", lambda folder: (weights(folder) / "model-00001.safetensors.zst").touch())

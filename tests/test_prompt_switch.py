@@ -1,7 +1,10 @@
 """What a new prompt does to the past: keep, recache, flush, cut."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from longtake import (
     DeepForcing,
@@ -15,6 +18,7 @@ from longtake import (
     Session,
     SlidingWindow,
 )
+from longtake.cli import app
 from longtake.plan import as_tensor
 from longtake.switching import CUT_FRAMES, SWITCHES
 
@@ -322,3 +326,29 @@ def test_a_switch_that_cannot_be_made_is_refused_in_one_line(change, message):
     with pytest.raises(LongtakeError, match=message) as error:
         change()
     assert "\n" not in str(error.value)
+
+
+def generate(tmp_path, *more: str) -> dict:
+    command = ["generate", "a red ball", "-o", str(tmp_path / "t.mp4"), "--latents", str(tmp_path / "t.safetensors"),
+               "--chunks", "4", "--size", "32x32", "--prompt-switch", "1:a blue square", "--json"]  # fmt: skip
+    result = CliRunner().invoke(app, [*command, *more])
+    return {
+        "exit": result.exit_code,
+        "said": result.output,
+        "json": result.stdout,
+        "latents": (tmp_path / "t.safetensors"),
+    }
+
+
+def test_the_command_line_names_the_mode(tmp_path):
+    from safetensors.torch import load_file
+
+    made = {}
+    for mode in SWITCHES:
+        done = generate(tmp_path, "--switch-mode", mode)
+        assert done["exit"] == 0, done["said"]
+        assert json.loads(done["json"])["chunks"] == 4
+        made[mode] = torch.cat(list(load_file(done["latents"]).values()), 0)
+    assert len({tuple(x.flatten()[-200:].tolist()) for x in made.values()}) == len(SWITCHES)
+    done = generate(tmp_path, "--switch-mode", "fade")
+    assert done["exit"] == 2 and "keep, recache, flush" in done["said"].replace("\n", " ")

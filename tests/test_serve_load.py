@@ -59,7 +59,8 @@ def test_many_sessions_and_viewers_cost_little_and_no_viewer_misses_a_frame(tmp_
             threads = [threading.Thread(target=watch, args=(n, v)) for n in names for v in range(VIEWERS)]
             for thread in threads:
                 thread.start()
-            until(lambda: sum(client.session(n)["viewers"] for n in names) == len(threads))
+            for name in names:
+                until(lambda name=name, client=client: client.session(name)["viewers"] == VIEWERS)
             started = time.perf_counter()
             for name in names:
                 client.steer(name, type="resume")

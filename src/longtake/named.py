@@ -100,9 +100,7 @@ class Registry(Generic[T]):
             where = path if line is None else f"{path}, line {line}"
             raise LongtakeError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
         base = self.base
-        found = {
-            k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, base) and v is not base
-        }
+        found = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, base) and v is not base}
         if name not in found:
             raise LongtakeError(f"{path} has no {base.__name__} {name!r}; it has: {', '.join(found) or 'none'}")
         return found[name]

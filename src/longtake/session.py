@@ -290,7 +290,7 @@ class Session:
 
     def switch(self, prompt: str | Sequence[str], mode: str | None = None) -> None:
         """A new prompt from the next chunk on; `mode` says what it does to the past (default: `prompt_switch`)."""
-        mode = self._check_mode(mode)
+        mode = self.switch_mode(mode)
         given, text = self._encode(prompt, None, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompts for {self.batch} takes: give one for each")
@@ -299,13 +299,14 @@ class Session:
 
     def set_prompt_embeds(self, embeds: Tensor, mode: str | None = None) -> None:
         """Embeddings [B, T, d] instead of a prompt, in force from the next chunk on; `mode` as for `switch`."""
-        mode = self._check_mode(mode)
+        mode = self.switch_mode(mode)
         _, text = self._encode(None, embeds, "prompt")
         if len(text.embeds) != self.batch:
             raise LongtakeError(f"{len(text.embeds)} prompt embeddings for {self.batch} takes: give one for each")
         self._prompt, self._pending, self._pending_mode = "", text, mode
 
-    def _check_mode(self, mode: str | None) -> str:
+    def switch_mode(self, mode: str | None = None) -> str:
+        """What a new prompt would do to the past, asked for as `mode`. Raises LongtakeError if this take cannot."""
         mode = check_switch(mode or self.prompt_switch)
         if mode != "keep" and self._staggered is not None:
             raise LongtakeError(f"prompt switch {mode!r}: with several chunks in flight a new prompt can only 'keep'")

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import LongtakeError
 from ..named import spec
+from ..switching import SWITCHES
 from . import options, shell
 from .take import report_text, roll, say_prompt
 
@@ -41,6 +42,7 @@ def generate(
     guidance: options.Guidance = None,
     negative: options.Negative = None,
     prompt_switch: options.PromptSwitch = None,
+    switch_mode: options.SwitchMode = None,
     memory: options.Memory = None,
     residency: options.Residency = None,
     device: options.Device = None,
@@ -68,7 +70,9 @@ def generate(
         if path is not None:
             shell.check_file(path, what)
     # a snapshot may take the place of the one gone on from: it is written beside it, and has read all of it before
-    shell.check_distinct({"-o": output, "--latents": latents, "--snapshot": snapshot, "--reuse-log": reuse_log}, {"--image": image})
+    shell.check_distinct(
+        {"-o": output, "--latents": latents, "--snapshot": snapshot, "--reuse-log": reuse_log}, {"--image": image}
+    )
     shell.check_distinct({"-o": output, "--latents": latents, "--reuse-log": reuse_log}, {"--resume": resume})
     fixed = {
         "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
@@ -90,6 +94,7 @@ def generate(
     if guidance is not None and not math.isfinite(guidance):
         raise LongtakeError(f"--guidance {guidance}: give a finite number; 1 is no guidance")
     shell.check_choice(dtype, "--dtype", options.DTYPES)
+    shell.check_choice(switch_mode, "--switch-mode", SWITCHES)
     height, width = shell.parse_size(size)
     switches = [parse_switch(text) for text in prompt_switch or ()]
     budget = None if memory is None else shell.parse_bytes(memory)
@@ -133,6 +138,8 @@ def generate(
         embeds = {text: host.encode_prompt([text]) for text in later} if text_encoder == "free" else {}
         if resume is not None:
             take = restored(resume, host, kv_policy, made_by)
+            if switch_mode is not None:
+                take.prompt_switch = take.switch_mode(switch_mode)
             if prompt is not None:
                 say_prompt(take, prompt, embeds)
         else:
@@ -152,6 +159,7 @@ def generate(
                 image=None if image is None else first_frame(image, geometry.height, geometry.width),
                 height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                 sampler=compatible(host, compat, steps), residency=residency or "resident",
+                prompt_switch=switch_mode,
                 chunks=None if snapshot else chunks,  # a snapshot's take may go on
             )  # fmt: skip
         say_reuse(take)

@@ -45,7 +45,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 def policies(as_json: AsJson = False) -> None:
-    """List KV policies and reuse policies with their options, as `--policy` and `--reuse NAME:key=value,…` take them."""
+    """List KV policies and reuse policies with their options, as --policy and --reuse NAME:key=value take them."""
     from .. import policies as kv
     from .. import reuse
 

@@ -66,6 +66,14 @@ PromptSwitch = Annotated[
         help="Another prompt from the first chunk that starts at SECONDS or later; repeatable.",
     ),
 ]
+SwitchMode = Annotated[
+    str | None,
+    Option(
+        help="What another prompt does to the past: keep it, recache (computed anew under the new prompt), flush (all "
+        "but its beginning and end forgotten) or cut (flush, and a jump in time).",
+        show_default="the policy's own way, mostly keep",
+    ),
+]
 Memory = Annotated[
     str | None,
     Option(
@@ -209,9 +217,7 @@ FakeScore = Annotated[
     Option("--fake-score", metavar="DIR", help="What learns the rollout's own videos.", show_default="--real-score"),
 ]
 LoraRank = Annotated[int, Option("--lora-rank", help="Rank of an adapter that learns along; 0 leaves the model alone.")]
-Rate = Annotated[
-    float | None, Option(help="Learning rate.", show_default="0.002; 2e-6 with score models")
-]
+Rate = Annotated[float | None, Option(help="Learning rate.", show_default="0.002; 2e-6 with score models")]
 Carry = Annotated[str, Option(help="How compressed tokens get their keys and values: blocks or projection.")]
 CompressedPositions = Annotated[
     str, Option("--positions", help="Where compressed tokens stand: midpoint, raster or phasor.")

@@ -81,7 +81,8 @@ def serve(
 
     shell.hush()
     sources = dict(_named(text) for text in model or [options.DEFAULT_MODEL])
-    hosts = [_load(sources, place, dtype) for place in device or [None]]
+    places: list[str | None] = [*device] if device else [None]
+    hosts = [_load(sources, place, dtype) for place in places]
     first = next(iter(hosts[0].values()))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())

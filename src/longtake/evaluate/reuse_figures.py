@@ -35,7 +35,9 @@ def moves_figure(report: ReuseReport) -> bytes:
             axes.plot(x, report.theory(s), style, color=PALE, lw=1.2, label=f"Gaussian data, s = {s:g}")
         if (fit := report.fit()) is not None:
             axes.plot(x, report.theory(fit[0]), color=ACCENT, lw=1.4, label=f"fit, s = {fit[0]:.2g}")
-    axes.set(xlabel="step", ylabel="relative L1 since the step before", yscale="log", ylim=bounds(changes.ravel()))
+    axes.set(
+        xlabel="step", ylabel="relative L1 since the step before", yscale="log", ylim=bounds(changes.ravel().tolist())
+    )
     axes.legend(frameon=False, fontsize=8)
     return _png(canvas, report)
 

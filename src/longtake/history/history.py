@@ -102,7 +102,9 @@ class History:
         block = self._next_id
         self._next_id += 1
         per_stream = positions if isinstance(positions, Mapping) else dict.fromkeys(self.streams, positions)
-        self._live[block] = Live({(s, FULL): p for s, p in per_stream.items()}, scores=self._scored(), queries=self._queries())
+        self._live[block] = Live(
+            {(s, FULL): p for s, p in per_stream.items()}, scores=self._scored(), queries=self._queries()
+        )
         tokens = len(per_stream[self.streams[0]][0])
         self.blocks.append(Block(block, role, frame, span, {FULL: Form(tokens)}, grid, packable, structural))
         return block
@@ -256,7 +258,8 @@ class History:
         view, with what it fetches into; and the archive in host memory, if there is one."""
         kept = [t for view in self.views.values() for t in (*view.scores.values(), *view.queries.values())]
         parts = {
-            "store": sum(s.nbytes for s in self.stores.values()) + sum(s.nbytes for s in self.sums.values())
+            "store": sum(s.nbytes for s in self.stores.values())
+            + sum(s.nbytes for s in self.sums.values())
             + sum(t.nbytes for t in kept),
             "view": self.buffers.nbytes + sum(staging.nbytes for staging in self.staging.values()),
         }

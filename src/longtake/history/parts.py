@@ -177,8 +177,8 @@ class Chosen(Part):
 class Fusing(Part):
     """Blocks being replaced by their best n tokens per layer and head, chosen while the first forward runs.
 
-    Until `finish`, the survivors are read from where they lie, so that a choice made by spoilt queries can be forgotten;
-    then they take over the first n rows.
+    Until `finish`, the survivors are read from where they lie, so that a choice made by spoilt queries can be
+    forgotten; then they take over the first n rows.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Fusing(Part):
         gather = lambda x: x.gather(1, index.expand(-1, -1, -1, x.shape[-1]))
         assert self.fused.head_base is not None and self.fused.head_step is not None
         time = lambda: (base * step).sum(-1, keepdim=True) / (step * step).sum(-1, keepdim=True)  # [B, n, H, 1]
-        first = time()[:, :1] if self.per_frame is not None else None
+        first = time()[:, :1]
         base, step = gather(base), gather(step)
         if self.per_frame is not None:
             slot = first + torch.arange(self.n, device=base.device)[:, None, None] // self.per_frame

@@ -269,9 +269,7 @@ class CausalWan(Host):
         self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         with self.lock:
-            return forward_residual(
-                self.transformer, lambda: self.forward(latents, timestep, text, layers), residual
-            )
+            return forward_residual(self.transformer, lambda: self.forward(latents, timestep, text, layers), residual)
 
     def decoder(self) -> StreamingDecoder:
         return StreamingDecoder(self._vae())

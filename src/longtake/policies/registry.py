@@ -7,5 +7,5 @@ from .base import KVPolicy
 
 __all__ = ["available", "build", "describe", "parse"]
 
-_REGISTRY = Registry(KVPolicy, "policy")
+_REGISTRY = Registry(KVPolicy, "policy")  # type: ignore[type-abstract]
 available, build, parse = _REGISTRY.available, _REGISTRY.build, _REGISTRY.parse

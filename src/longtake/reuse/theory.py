@@ -41,10 +41,7 @@ def power_levels(steps: int, p: float) -> list[float]:
 def relative_l1(levels: Sequence[float], s: float) -> list[float]:
     """L1rel of every step between the noise levels, for data of standard deviation `s` (noise: 1)."""
     speed = math.sqrt(1 + s * s)
-    return [
-        (now - after) * speed / math.sqrt((1 - now) ** 2 * s * s + now * now)
-        for now, after in pairwise(levels)
-    ]
+    return [(now - after) * speed / math.sqrt((1 - now) ** 2 * s * s + now * now) for now, after in pairwise(levels)]
 
 
 def steepest_power(s: float) -> float:

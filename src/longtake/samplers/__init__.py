@@ -40,9 +40,7 @@ def default_sampler(config: HostConfig, steps: int | None = None) -> Sampler | S
         from .masked import MaskedSampler
 
         steps = config.steps if steps is None else steps
-        sampler = MaskedSampler(
-            temperature=config.temperature, history_mask=config.history_mask, compat=config.compat
-        )
+        sampler = MaskedSampler(temperature=config.temperature, history_mask=config.history_mask, compat=config.compat)
         return sampler if steps is None else replace(sampler, steps=steps)
     if steps is None:
         return ChunkedSampler(Schedule.shifted(config.timesteps, config.shift))

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect, WebSocketState
@@ -26,6 +25,7 @@ from .errors import Refused
 from .guard import Guard
 from .metrics import CONTENT_TYPE
 from .naming import served_policies
+from .page import add_page
 from .protocol import (
     ASK,
     HELLO,
@@ -46,7 +46,6 @@ from .stream import Viewer
 
 log = logging.getLogger("longtake.serve")
 
-PAGE = Path(__file__).parent / "page"  # the web page, served at / where it is there
 _SWEEP = 60.0  # seconds
 _BLOCK = 1 << 18
 _CLOSE = {400: 4400, 401: 4401, 404: 4404, 426: 4426, 503: 4503}  # WebSocket codes
@@ -80,8 +79,7 @@ def build(service: Service, tokens: Tokens) -> FastAPI:
     _sessions(app, service)
     _operations(app, service)
     _watching(app, service, tokens)
-    if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    add_page(app)
     app.add_middleware(Guard, settings=service.settings)
     return app
 

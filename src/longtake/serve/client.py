@@ -109,8 +109,8 @@ class Client:
 
 
 class Stream:
-    """What comes to a viewer, in order: dicts are messages, bytes are video. Ends with the session or the server; raises
-    LongtakeError if the connection breaks."""
+    """What comes to a viewer, in order: dicts are messages, bytes are video. Ends with the session or the server.
+    Raises LongtakeError if the connection breaks."""
 
     def __init__(self, client: Client, name: str, format: str) -> None:
         self._client, self._name, self._format = client, name, format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -34,7 +35,7 @@ def add_page(app: FastAPI) -> None:
         app.add_api_route(path, _answer(name, kind), methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _answer(name: str, kind: str):  # type: ignore[no-untyped-def]
+def _answer(name: str, kind: str) -> Callable[[], Awaitable[FileResponse]]:
     async def answer() -> FileResponse:
         return FileResponse(_FOLDER / name, media_type=kind, headers={"content-security-policy": _POLICY})
 

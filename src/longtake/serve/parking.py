@@ -33,7 +33,6 @@ from ..samplers.chunked import ChunkedSampler, NoiseSource
 from ..session import Session
 from .errors import Refused
 from .protocol import Recovery
-from .switching import switch
 
 _KEPT = 2  # full snapshots of a track: the newest, and one before it
 
@@ -178,7 +177,7 @@ class Track:
         while True:
             while waiting and waiting[0]["at"] <= session.index:
                 event = waiting.pop(0)
-                switch(session, event["text"], event["mode"])
+                session.switch(event["text"], event["mode"])
             if session.index not in logged or session.index == until:
                 break
             try:

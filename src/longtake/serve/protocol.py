@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 VERSION = 1  # of this protocol: part of every path, and of the first message of a WebSocket
 MAX_PROMPT = 2000  # characters
 MAX_IMAGE = 12_000_000  # characters of base64
-MODES = ("keep", "recache", "flush", "cut")
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 Spec = Annotated[str, Field(min_length=1, max_length=400, description="NAME[:key=value,…]; never a file")]
@@ -46,8 +45,9 @@ class NewSession(Message):
 
 
 class SetPrompt(Message):
-    """Another prompt from the next chunk on. `mode` is what becomes of the past: keep, rewrite it under the new prompt
-    (recache), forget all but its ends (flush), forget everything (cut); default: the policy's own."""
+    """Another prompt from the next chunk on. `mode` is what becomes of the past: stay as it is (keep), be rewritten
+    under the new prompt (recache), be forgotten but for its ends (flush), and stand far off (cut); default: the
+    policy's own way."""
 
     type: Literal["prompt"] = "prompt"
     text: Prompt

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 from ..errors import LongtakeError
 from ..named import spec
 from ..session import default_policy
+from ..switching import SWITCHES
 from .access import Rate
 from .errors import NoRoom, Refused
 from .metrics import Metrics
 from .naming import policy_named, reuse_named
 from .parking import Place, private_folder
 from .pictures import first_image
-from .protocol import MODES, Bye, Changed, Fork, ModelInfo, NewSession, SessionInfo, SetPrompt, Welcome
+from .protocol import Bye, Changed, Fork, ModelInfo, NewSession, SessionInfo, SetPrompt, Welcome
 from .scheduler import Worker
 from .settings import Settings
 from .stream import Viewer
@@ -57,7 +58,7 @@ class Service:
         found = []
         for name, host in self.workers[0].hosts.items():
             geometry, config = host.geometry(), host.config
-            modes = list(MODES if config.sampler == "chunked" else ("keep",))
+            modes = list(SWITCHES if config.sampler == "chunked" else ("keep",))
             found.append(ModelInfo(
                 name=name, width=geometry.width, height=geometry.height, fps=geometry.fps,
                 chunk_frames=geometry.chunk_frames,
@@ -360,9 +361,8 @@ class Service:
         held = by_device(lambda w: sum(t.held_bytes for t in w.takes.values()))
         yield "longtake_held_bytes", "Bytes that sessions hold, measured", "device", held
         yield "longtake_viewers", "Viewers", "", {"": float(sum(t.channel.viewers for t in takes))}
-        yield "longtake_dropped_fragments", "Fragments slow viewers missed", "", {
-            "": float(sum(t.channel.drops for t in takes))
-        }
+        drops = {"": float(sum(t.channel.drops for t in takes))}
+        yield "longtake_dropped_fragments", "Fragments slow viewers missed", "", drops
 
 
 async def _wait(future: Any) -> Any:

@@ -50,9 +50,7 @@ class Sight:
         seen = {form: self._seen.get((block.id, form), 0) for form in held}
         if block.id == self._writing or (block.role == "fused" and not any(seen.values())):
             seen[FULL] = held[FULL]  # the chunk sees itself; and what it has just fused
-        return StripBlock(
-            block.frame, block.span, tokens, held[FULL], held[COMPRESSED], seen[FULL], seen[COMPRESSED]
-        )
+        return StripBlock(block.frame, block.span, tokens, held[FULL], held[COMPRESSED], seen[FULL], seen[COMPRESSED])
 
     def _note(self, stream: str, block: int, write: bool, layers: Any) -> None:
         if not write or stream != self._history.streams[0]:

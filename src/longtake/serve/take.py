@@ -29,7 +29,6 @@ from .protocol import Changed, ChunkMade, NewSession, Recovery, SavedSnapshot, S
 from .recording import Recording
 from .settings import Settings
 from .stream import Channel
-from .switching import switch
 
 log = logging.getLogger("longtake.serve")
 
@@ -238,21 +237,13 @@ class Take:
 
     def _prompt(self, action: Any) -> dict[str, Any]:
         session, track = self._awake, self._awake_track
-        mode = action.mode or session.policy.prompt_switch
-        event = {"at": session.index, "text": action.text, "mode": mode}
-        before = track.events[:]
-        if mode == "keep":
-            switch(session, action.text, mode)
-            track.note(event)
-        else:  # a change of the history that fails half-way is undone from disk
-            track.save(session)
-            try:
-                switch(session, action.text, mode)
-                track.note(event)
-            except Exception:
-                track.events = before
-                self.session, _ = track.restore(self.host)
-                raise
+        mode = action.mode or session.prompt_switch
+        session.switch(action.text, mode)
+        try:
+            track.note({"at": session.index, "text": action.text, "mode": mode})
+        except Refused:  # what is not in the log is not in force
+            self._adopt(track.restore(self.host)[0], track)
+            raise
         self.prompt = action.text
         self._mark(prompt=self.prompt)
         return {"mode": mode, "chunk": session.index}
@@ -455,4 +446,3 @@ class Take:
         if self._publishing is not None:
             self._publishing.result()
             self._publishing = None
-

@@ -93,9 +93,7 @@ def noised(clip: Tensor, shift: float, generator: torch.Generator) -> Judged:
     return Judged((1 - sigma) * clip.detach().float() + sigma * noise, sigma, noise)
 
 
-def dmd_loss(
-    clip: Tensor, real: Any, fake: Any, text: Tensor, no_text: Tensor, guidance: float, at: Judged
-) -> Tensor:
+def dmd_loss(clip: Tensor, real: Any, fake: Any, text: Tensor, no_text: Tensor, guidance: float, at: Judged) -> Tensor:
     """Half the squared distance to where distribution matching moves the clip. `real` and `fake` are many-step
     `WanTransformer3DModel`s, text and no_text [B, T, d]; guidance s (s = 3 is a conventional scale of 4)."""
     with torch.no_grad():

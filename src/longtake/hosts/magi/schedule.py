@@ -1,6 +1,6 @@
 """When a MAGI-1 chunk is where: times from noise (0) to data (1), step sizes, guidance by time, KV ranges.
 
-    u = k/N,  y = u²,  t = y / (s − (s − 1)·y)       shift s = 3;  x += (t[k+1] − t[k])·v
+u = k/N,  y = u²,  t = y / (s − (s − 1)·y)       shift s = 3;  x += (t[k+1] − t[k])·v
 """
 
 from __future__ import annotations

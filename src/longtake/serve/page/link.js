@@ -79,6 +79,7 @@ export class Link {
       const told = JSON.parse(data);
       if (told.type === "welcome") {
         this.wait = FIRST_WAIT;
+        this.why = undefined;
         this.on.state("on");
       } else if (told.type === "bye") {
         this.goodbye = told.reason;
@@ -97,7 +98,7 @@ export class Link {
   again(wait) {
     if (this.ended || (this.socket?.readyState === WebSocket.OPEN && wait === 0)) return;
     this.leave();
-    this.on.state("lost", this.goodbye);
+    this.on.state("lost", this.goodbye ?? this.why);
     this.goodbye = undefined;
     this.wait = Math.min(LONGEST_WAIT, 2 * this.wait);
     this.timer = setTimeout(() => this.open(), wait * (0.75 + Math.random() / 2));

@@ -7,7 +7,7 @@ import { Meters, Strip, Timeline, bytes, clock, element } from "./views.js";
 const $ = (id) => document.getElementById(id);
 const MODES = {
   keep: "keep: it stays as it was made", recache: "recache: rewritten under the new prompt",
-  flush: "flush: all but its ends is forgotten", cut: "cut: all of it is forgotten",
+  flush: "flush: all but its ends is forgotten", cut: "cut: flush, and stand far off in time",
 };
 const LARGEST_IMAGE = 9_000_000; // bytes of a file: its base64 must fit into a request
 
@@ -194,7 +194,7 @@ function reopen(as) {
 
 function linkState(state, why, words) {
   const texts = {
-    connecting: "Connecting", on: "Watching", lost: "Connection lost, trying again",
+    connecting: "Connecting", on: "Watching", lost: `Connection lost, trying again${why ? ` (${why})` : ""}`,
     ended: { gone: "This take is gone", left: "Not watching", version: "This page is too old: load it again" }[why] ?? "Not watching",
   };
   if (state === "connecting" && $("link").dataset.state === "lost") return;
