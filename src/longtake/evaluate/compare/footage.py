@@ -113,7 +113,7 @@ def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
 
 
 def _fast(host: Host) -> contextlib.AbstractContextManager[Any]:
-    """Halves for the autoencoder on a CPU that has them: a third of the time, and two grey levels of 255 at most."""
+    """Half precision for the autoencoder on a CPU that has it: about a third of the time, for a grey level or two."""
     if torch.device(host.device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
