@@ -519,6 +519,14 @@ def test_a_choice_among_blocks_in_host_memory_must_be_shared():
         history.apply(Plan((Choose((0, 1), 1),)))
 
 
+def test_blocks_cannot_move_to_host_memory_that_was_not_asked_for():
+    history = History(HistoryShape(1, 1, 12, 4, 2, 1), wan_table(12), capacity=8)
+    base = torch.zeros(2, 3).double()
+    block = history.admit(0, 1, (base, base))
+    with pytest.raises(PlanError, match="offloaded"):
+        history.apply(Plan(away=((block, "full"),)))
+
+
 @pytest.mark.parametrize("frames", [10, 12, 16, 24, 40, 100])
 @pytest.mark.parametrize("options", [{}, {"middle": "full"}, {"layers": "shared", "offload": True}], ids=str)
 def test_a_fitted_policy_fits_and_works(frames, options):

@@ -162,6 +162,7 @@ class Enabled:
             shape, host.rotary, streams=(name,), capacity=policy.capacity(shape), visible=policy.visible(shape),
             residency=self.residency, score=policy.score if scores else None,
             key_sums="key_sums" in policy.requires, query_sums="query_sums" in policy.requires,
+            offloaded=policy.offloaded(shape), summed=policy.summed(shape),
             dtype=host.dtype, device=host.device,
         )  # fmt: skip
         self._branches[name] = Branch(history, policy, ReuseRun(self.reuse, host.feature))

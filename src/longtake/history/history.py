@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LongtakeError
+from ..errors import LongtakeError, PlanError
 from ..plan import FULL, Block, BlockTable, Drop, Form, Fuse, HistoryShape, Plan, Signals, as_tensor, difference
 from ..rope import RotaryTable
 from .away import Staging
@@ -125,6 +125,8 @@ class History:
         for drop in plan.drops:
             self._drop(drop.block, drop.form, drop.tokens)
         for block, form in plan.away:
+            if not self.archives:
+                raise PlanError("forms are to move to host memory: let offloaded() say how many tokens")
             for stream, store in self.stores.items():
                 if (block, form) in store.held:
                     store.send((block, form), self.archives[stream])

@@ -288,7 +288,7 @@ class View:
         if entry.shared:
             if len(self.queries) < self.layer_count:
                 raise PlanError("a choice for all layers needs the last chunk's queries, and none were kept")
-            (block,) = self.live
+            block = max(self.live)  # the one that enters
             step = self._step(block)
             now = float(self.frames[block] + (self.plan.live_shift if self.plan is not None else 0))
             turn = self.rotary.phases(now * step)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from .strip import StripBlock
+
 VERSION = 1  # of this protocol: part of every path, and of the first message of a WebSocket
 MAX_PROMPT = 2000  # characters
 MAX_IMAGE = 12_000_000  # characters of base64
@@ -221,7 +223,8 @@ class Welcome(Message):
 
 
 class ChunkMade(Message):
-    """A chunk whose frames follow; `strip` is what the history holds: [first frame, span, tokens kept, tokens]."""
+    """A chunk whose frames follow; `strip` is what the history holds after it and what of that it saw, per block:
+    [first frame, span, tokens, held in full, held compressed, seen in full, seen compressed]."""
 
     type: Literal["chunk"] = "chunk"
     index: int
@@ -230,7 +233,7 @@ class ChunkMade(Message):
     prompt: str
     policy: str
     stats: dict[str, Any]
-    strip: list[tuple[int, int, int, int]]
+    strip: list[StripBlock]
 
 
 class Changed(Message):

@@ -29,10 +29,9 @@ from .protocol import Changed, ChunkMade, NewSession, Recovery, SavedSnapshot, S
 from .recording import Recording
 from .settings import Settings
 from .stream import Channel
+from .strip import Sight
 
 log = logging.getLogger("longtake.serve")
-
-_STRIP = 512  # blocks of the history that a message lists
 
 
 class Take:
@@ -65,6 +64,7 @@ class Take:
         self._publishing: Future[None] | None = None
         self._unlogged: Chunk | None = None
         self._track: Track | None = None
+        self._sight: Sight | None = None  # of the rollout's history
         self._based = -1  # chunk of the newest full snapshot
         self._ahead_since = 0.0  # when the stream's clock would have been at 0
         self._frames = self.channel.frame  # handed to the stream
@@ -180,7 +180,7 @@ class Take:
                    recorded=recording.frames if recording else self.place.manifest.get("recorded", 0))  # fmt: skip
         self.channel.record(None)
         self.channel.rest()
-        self.session, self._track, self._held = None, None, {}
+        self.session, self._track, self._sight, self._held = None, None, None, {}
         self.ledger.release(self.name)
         self.metrics.parked.inc()
         log.info("session parked", extra=self.log_extra | {"chunk": self.chunk})
@@ -189,7 +189,7 @@ class Take:
         self.deleted = True
         self._flush_stream()
         self.channel.record(None)
-        self.session = self._track = None
+        self.session, self._track, self._sight = None, None, None
         self.ledger.release(self.name)
         self.place.delete()
 
@@ -303,7 +303,7 @@ class Take:
         noise = noise_state(session)
         old_track.save(session)
         need = self._reserve(policy)
-        self.session = None  # its bytes are what the new one gets
+        self.session, self._sight = None, None  # its bytes are what the new one gets
         del session
         try:
             fresh = self._new_session(policy, need.residency)
@@ -368,6 +368,7 @@ class Take:
 
     def _adopt(self, session: Session, track: Track) -> None:
         self.session, self._track = session, track
+        self._sight = Sight(session)
         self.policy, self.chunk = spec(session.policy), session.index
         self._held = session.memory()
 
@@ -422,17 +423,12 @@ class Take:
             "attended_tokens": stats.attended_tokens, "history_bytes": stats.history_bytes,
             "held_bytes": self._held["total"], "forwards": stats.forwards, "reused": stats.reused,
         }  # fmt: skip
-        blocks = session.history.table().blocks[-_STRIP:]
-        strip = [
-            (b.frame, b.span, sum(f.count for f in b.forms.values()), sum(f.tokens for f in b.forms.values()))
-            for b in blocks
-        ]
         self.metrics.chunks.labels(self.host.name).inc()
         self.metrics.chunk_seconds.labels(self.host.name).observe(stats.seconds)
         self._flush_stream()  # at most one chunk waits for the encoder
         told = ChunkMade(
             index=chunk.index, frame=self.channel.frame, frames=len(frames), prompt=self.prompt, policy=self.policy,
-            stats=self._stats, strip=strip,
+            stats=self._stats, strip=[] if self._sight is None else self._sight.row(),
         )  # fmt: skip
         log.debug("chunk", extra=self.log_extra | {"chunk": chunk.index, "seconds": stats.seconds})
         self._frames += len(frames)

@@ -282,7 +282,7 @@ function show(session) {
   $("pause").textContent = session.state === "paused" ? "Resume" : "Pause";
   $("pause").disabled = !["running", "paused"].includes(session.state);
   $("record").setAttribute("aria-pressed", String(session.recording));
-  if (session.timeline) timeline.set(session.timeline);
+  if (session.timeline?.length) timeline.set(session.timeline);
   timeline.saved = session.snapshots.map((s) => s.frame).filter((frame) => frame !== undefined);
   caption();
   recorded();

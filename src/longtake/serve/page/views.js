@@ -98,14 +98,15 @@ export class Timeline {
 
   // What the server remembers, in place of what was seen here.
   set(moments) {
-    this.moments = moments.map(({ frame, prompt, policy, mode }) => ({ frame, prompt, policy, mode }));
+    this.moments = [...moments];
     this.drawList();
   }
 
   drawList() {
     this.list.replaceChildren(...this.moments.map((moment, i) => {
       const before = this.moments[i - 1], time = element("time", clock(moment.frame / this.fps));
-      const how = [moment.mode, moment.policy !== before?.policy && moment.policy].filter(Boolean).join(", ");
+      const back = moment.what === "seek" && `back to chunk ${moment.chunk}`;
+      const how = [back, moment.mode, moment.policy !== before?.policy && moment.policy].filter(Boolean).join(", ");
       const item = element("li", "", time, moment.prompt, how ? element("span", ` (${how})`) : "");
       item.className = `k${i % 6}`;
       return item;
