@@ -77,7 +77,7 @@ def answers(client: Client) -> bool:
     return False
 
 
-def until(condition: Any, seconds: float = 30) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     """Wait for something that another thread or process does."""
     end = time.monotonic() + seconds
     while not condition():

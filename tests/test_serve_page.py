@@ -196,7 +196,7 @@ def begin(page: Page, prompt: str) -> str:
     page.get_by_label("Seed", exact=False).evaluate("(e) => { e.value = 7 }")
     page.get_by_role("button", name="Begin").click()
     page.get_by_role("heading", name="The take", exact=True).wait_for()
-    return page.evaluate("document.getElementById('watch').dataset.take")
+    return page.evaluate("location.hash").removeprefix("#take=")
 
 
 def pixels(page: Page, element: str = "video") -> dict[str, Any]:

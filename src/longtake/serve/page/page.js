@@ -13,7 +13,7 @@ const LARGEST_IMAGE = 9_000_000; // bytes of a file: its base64 must fit into a 
 
 let models = [], policies = [];
 let take = null; // what the server last said of the session on the screen
-let link = null, player = null, format = "mp4", broken = 0;
+let link = null, player = null, format = "mp4", broken = 0, greeted = false;
 const meters = new Meters($("meters"));
 const timeline = new Timeline($("track"), $("moments"));
 const strip = new Strip($("strip"), $("strip-text"), $("strip-rows"));
@@ -141,7 +141,7 @@ async function enter() {
   takePolicy.fill();
   await listTakes();
   const wanted = location.hash.match(/^#take=([\w-]+)$/)?.[1];
-  if (wanted) openTake(wanted);
+  if (wanted) openTake(await ask("GET", pathOf(wanted)));
 }
 
 async function listTakes() {
@@ -152,7 +152,7 @@ async function listTakes() {
     const open = element("button", "Watch");
     open.type = "button";
     open.setAttribute("aria-label", `Watch ${one.prompt}`);
-    open.onclick = () => openTake(one.id, true);
+    open.onclick = () => openTake(one, true);
     const about = `${clock(one.frames / one.fps)}, ${one.state}, ${one.policy}`;
     return element("li", "", element("span", "", one.prompt, element("br"), Object.assign(element("span", about), { className: "small" })), open);
   }));
@@ -160,18 +160,20 @@ async function listTakes() {
 
 // --- a take on the screen --------------------------------------------------------------------------------------------
 
-function openTake(id, focus) {
+function openTake(session, focus) {
   closeTake();
-  history.replaceState(null, "", `#take=${id}`);
+  history.replaceState(null, "", `#take=${session.id}`);
   timeline.clear();
   strip.clear();
   meters.clear();
   $("watch").hidden = false;
-  $("watch").dataset.take = id;
-  format = $("player").value;
   broken = 0;
+  greeted = false;
+  show(session);
+  takePolicy.spec = session.policy;
+  $("steer-prompt").value = session.prompt;
   if (focus) $("watch-title").focus();
-  link = new Link(id, format, { message: hear, media: (data) => player?.push(data), state: linkState });
+  reopen($("player").value);
 }
 
 function closeTake() {
@@ -183,13 +185,13 @@ function closeTake() {
   history.replaceState(null, "", location.pathname);
 }
 
+// Watch the take on the screen, as video or as pictures.
 function reopen(as) {
-  const id = take?.id ?? $("watch").dataset.take;
   link?.end("left");
   player?.close();
   player = null;
   format = as;
-  link = new Link(id, format, { message: hear, media: (data) => player?.push(data), state: linkState });
+  link = new Link(take.id, format, { message: hear, media: (data) => player?.push(data), state: linkState });
 }
 
 function linkState(state, why, words) {
@@ -217,16 +219,11 @@ function hear(told) {
 }
 
 function welcome({ session, mime }) {
-  const first = take?.id !== session.id;
-  timeline.fps = session.fps;
   timeline.end = Math.max(timeline.end, session.frames);
   show(session);
-  if (first || !timeline.moments.length) timeline.add({ frame: session.frames, prompt: session.prompt, policy: session.policy });
-  if (first) {
-    takePolicy.spec = session.policy;
-    $("steer-prompt").value = session.prompt;
-    if (Object.keys(session.stats).length) meters.add(session.stats, session);
-  }
+  if (!timeline.moments.length) timeline.add({ frame: session.frames, prompt: session.prompt, policy: session.policy });
+  if (!greeted && Object.keys(session.stats).length) meters.add(session.stats, session);
+  greeted = true;
   if (format === "mp4" && !playsVideo(mime)) return queueMicrotask(() => reopen("jpeg"));
   const video = format === "mp4";
   $("video").hidden = !video;
@@ -273,6 +270,7 @@ function show(session) {
     $("steer-mode").replaceChildren(option("", "as the policy does"), ...modes.split(" ").map((m) => option(m, MODES[m] ?? m)));
   }
   take = session;
+  timeline.fps = session.fps;
   if (link) link.running = session.state === "running";
   $("screen").classList.toggle("pixel", session.width < 256);
   $("screen").style.maxWidth = session.height > session.width ? `calc(70vh * ${session.width / session.height})` : "";
@@ -327,7 +325,7 @@ const steer = (action) => ask("POST", pathOf(take.id, "steer"), { action });
 async function fork(snapshot) {
   const child = await ask("POST", pathOf(take.id, "fork"), snapshot ? { snapshot } : {});
   await listTakes();
-  openTake(child.id, true);
+  openTake(child, true);
   say("This is the fork.");
 }
 
@@ -344,7 +342,7 @@ async function begin(instead) {
     ...(length > 0 && { chunks: Math.max(1, Math.ceil(length / model.chunk_seconds)) }),
     ...(image && { image: await base64(image) }),
   });
-  openTake(session.id);
+  openTake(session);
   $("steer-prompt").focus({ preventScroll: true });
   $("watch").scrollIntoView({ block: "start" });
   say("The take begins.");
