@@ -14,7 +14,7 @@ neighbours (published: best first, which makes neighbours of tokens that are non
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -43,9 +43,10 @@ class FlowCacheKV(KVPolicy):
     asking: int | str = "chunk"  # which of them: the whole "chunk"'s, its last "frame"'s, or so many last tokens'
     pool: int = 7  # width of the max-pool over importance; odd
     sort: bool = True  # survivors by position; False: best first, as published
-    live: int | None = None  # chunks in flight at once; this and the next two: the take's
-    frame_tokens: int | None = None
-    chunk_tokens: int | None = None
+    # the take's, filled in by `settle`: chunks in flight at once, tokens of a latent frame and of a chunk
+    live: int | None = field(default=None, repr=False)
+    frame_tokens: int | None = field(default=None, repr=False)
+    chunk_tokens: int | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "flowcache"
 
