@@ -403,9 +403,9 @@ class Take:
         self._measure(session)
         self._show(session, chunk)
         if self.request.chunks is not None and session.index >= self.request.chunks:
+            self._flush_stream()  # its last frames come before the news
             self.wanted = "ended"
             self._mark(wanted=self.wanted)
-            self._flush_stream()  # its last frames come before the news
             self.channel.tell(Changed(session=self.info()))
 
     def _measure(self, session: Session) -> None:
