@@ -291,7 +291,7 @@ def test_command_writes_both_files_and_answers_in_json(monkeypatch, tmp_path):
 
 
 def test_command_line_loads_no_torch_before_it_measures():
-    code = "import sys, longtake.evaluate.bench_cli; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    code = "import sys, longtake.commands.bench; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
 
 

@@ -9,6 +9,8 @@ import typer
 
 from . import __version__
 from .commands.analyze import analyze
+from .commands.batch import batch
+from .commands.bench import bench
 from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
@@ -19,7 +21,6 @@ from .commands.serve import serve
 from .commands.shell import guarded
 from .commands.train import train
 from .commands.usage import Commands
-from .evaluate import bench_cli
 
 app = typer.Typer(
     name="longtake", cls=Commands, add_completion=False, pretty_exceptions_enable=False,
@@ -42,15 +43,9 @@ def longtake(
     """Autoregressive video of any length in bounded memory."""
 
 
-for command in (generate, demo, compare, convert, plan, serve, models, policies):
+for command in (generate, demo, compare, convert, plan, serve, batch, models, policies):
     app.command()(guarded(command))
 
-bench = typer.Typer(cls=Commands, help=bench_cli.HELP)
-bench.command("take")(guarded(bench_cli.take))
-bench.command("packcache")(guarded(bench_cli.packcache))
-bench.command("packforcing")(guarded(bench_cli.packforcing))
-bench.command("flowcache-kv")(guarded(bench_cli.flowcache_kv))
-bench.command("table")(guarded(bench_cli.table))
 app.add_typer(bench, name="bench")
 app.add_typer(analyze, name="analyze")
 app.add_typer(train, name="train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -12,6 +12,9 @@ from typer import Option
 from ..errors import LongtakeError
 from . import options, shell
 from .usage import Commands
+
+if TYPE_CHECKING:
+    from ..hosts.base import Host
 
 analyze = typer.Typer(cls=Commands, help="Measure what a model does with its past.")
 
@@ -51,24 +54,16 @@ def decay(
             raise LongtakeError(f"{name} {value}: give at least 1")
     if anchors < 0:
         raise LongtakeError(f"--anchors {anchors}: give 0 or more")
-    if out.exists() and not out.is_dir():
-        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    shell.check_folder(out)
     height, width = shell.parse_size(size)
     shell.check_device(device)
 
     from ..evaluate.decay import measure
     from ..policies import parse
-    from .generate import load_host
-    from .options import DEFAULT_MODEL
 
-    name = model or DEFAULT_MODEL
-    home = _settings_file(name) if save else None
+    home = _settings_file(model or options.DEFAULT_MODEL) if save else None
     seen = parse(policy)
-    shell.hush()
-    host = load_host(name, device, dtype, None, "offload")
-    prompts = prompt or list(host.config.prompts)
-    if not prompts:
-        raise LongtakeError(f"{host.name} comes without example prompts: give --prompt")
+    host, prompts = _host(model, device, dtype, prompt)
     with shell.cpu_threads(None, host):
         report = measure(
             host, prompts, seeds=range(seeds), chunks=chunks, policy=seen, stream=stream, anchors=anchors,
@@ -84,8 +79,7 @@ def decay(
 
         write_atomically(home, (json.dumps(settings, indent=2) + "\n").encode())
         written.append(home)
-    shell.answer(report.as_dict(), report.text(), as_json)
-    shell.say(f"written: {', '.join(str(path) for path in written)}")
+    _finish(report, written, as_json)
 
 
 @analyze.command("reuse")
@@ -110,30 +104,21 @@ def reuse(
     """Trace how far chunks move from step to step, what a reuse policy decides by that, and what theory says of it."""
     shell.check_choice(dtype, "--dtype", options.DTYPES)
     shell.check_choice(metric, "--metric", ("latent", "timestep"))
-    if out.exists() and not out.is_dir():
-        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    shell.check_folder(out)
     height, width = shell.parse_size(size)
     shell.check_device(device)
 
     from ..evaluate.reuse_traces import measure
     from ..reuse import parse
-    from .generate import load_host
-    from .options import DEFAULT_MODEL
 
     policy = parse(spec)
-    shell.hush()
-    host = load_host(model or DEFAULT_MODEL, device, dtype, None, "offload")
-    said = prompt or next(iter(host.config.prompts), None)
-    if said is None:
-        raise LongtakeError(f"{host.name} comes without example prompts: give a prompt")
+    host, prompts = _host(model, device, dtype, [prompt] if prompt else None)
     with shell.cpu_threads(None, host):
         report = measure(
-            host, said, reuse=policy, metric=metric, chunks=chunks, seed=seed, num_inference_steps=steps,
+            host, prompts[0], reuse=policy, metric=metric, chunks=chunks, seed=seed, num_inference_steps=steps,
             height=height, width=width, guidance_scale=guidance,
         )  # fmt: skip
-    written = report.write(out)
-    shell.answer(report.as_dict(), report.text(), as_json)
-    shell.say(f"written: {', '.join(str(path) for path in written)}")
+    _finish(report, report.write(out), as_json)
 
 
 @analyze.command("selection")
@@ -152,29 +137,39 @@ def selection(
 ) -> None:
     """Record which blocks of the middle PackForcing picks, and how demand spreads over the history."""
     shell.check_choice(dtype, "--dtype", options.DTYPES)
-    if out.exists() and not out.is_dir():
-        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    shell.check_folder(out)
     height, width = shell.parse_size(size)
     shell.check_device(device)
 
     from ..evaluate.selection import measure
     from ..policies import PackForcing, parse
-    from .generate import load_host
-    from .options import DEFAULT_MODEL
 
     asked = parse(policy)
     if not isinstance(asked, PackForcing):
         raise LongtakeError(f"--policy {policy}: only packforcing chooses blocks, give packforcing[:key=value,…]")
-    shell.hush()
-    host = load_host(model or DEFAULT_MODEL, device, dtype, None, "offload")
-    said = prompt or next(iter(host.config.prompts), None)
-    if said is None:
-        raise LongtakeError(f"{host.name} comes without example prompts: give a prompt")
+    host, prompts = _host(model, device, dtype, [prompt] if prompt else None)
     with shell.cpu_threads(None, host):
-        report = measure(host, said, policy=asked, chunks=chunks, seed=seed, height=height, width=width)
-    written = report.write(out)
+        report = measure(host, prompts[0], policy=asked, chunks=chunks, seed=seed, height=height, width=width)
+    _finish(report, report.write(out), as_json)
+
+
+def _host(
+    model: str | None, device: str | None, dtype: str | None, prompts: list[str] | None
+) -> tuple[Host, list[str]]:
+    """The model, and the prompts given or its own. Raises LongtakeError if it has none."""
+    from .generate import load_host
+
+    shell.hush()
+    host = load_host(model or options.DEFAULT_MODEL, device, dtype, None, "offload")
+    prompts = prompts or list(host.config.prompts)
+    if not prompts:
+        raise LongtakeError(f"{host.name} comes without example prompts: give one")
+    return host, prompts
+
+
+def _finish(report: Any, written: list[Path], as_json: bool) -> None:
     shell.answer(report.as_dict(), report.text(), as_json)
-    shell.say(f"written: {', '.join(str(path) for path in written)}")
+    shell.say_written(written)
 
 
 def _settings_file(model: str) -> Path:

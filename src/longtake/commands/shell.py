@@ -76,6 +76,11 @@ def say(line: str) -> None:
         typer.echo(line, err=True)
 
 
+def say_written(paths: Iterable[Path]) -> None:
+    """Where the files are."""
+    say(f"written: {', '.join(str(path) for path in paths)}")
+
+
 def answer(data: dict[str, Any], text: str, as_json: bool) -> None:
     """The command's result on stdout: one JSON object, or text."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else text)
@@ -180,17 +185,12 @@ def check_threads(threads: int | None) -> None:
 def cpu_threads(threads: int | None, host: Host) -> Iterator[int]:
     """Within `with`, torch computes on `threads` CPU threads; by default on one for an embedded model, whose operations
     take less time than waking a second thread on a busy machine, and for others on as many as torch chose."""
-    import torch
-
+    from ..evaluate import machine
     from ..hosts.loading import embedded
 
-    before = torch.get_num_threads()
     small = host.device.type == "cpu" and host.name in embedded()
-    torch.set_num_threads(threads or (1 if small else before))
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    with machine.cpu_threads(threads or (1 if small else None)) as running:
+        yield running
 
 
 def check_file(path: Path, what: str) -> None:
@@ -199,6 +199,12 @@ def check_file(path: Path, what: str) -> None:
         raise LongtakeError(f"{what} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise LongtakeError(f"{what} {path}: there is no folder {path.parent}; create it first")
+
+
+def check_folder(out: Path) -> None:
+    """Raise LongtakeError before any work if --out cannot be a folder."""
+    if out.exists() and not out.is_dir():
+        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
 
 
 def check_distinct(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:

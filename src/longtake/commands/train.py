@@ -46,12 +46,10 @@ def tiny_wan(
     _check(minutes, batch, threads, device)
     _make_folder(out)
 
-    import torch
+    from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with cpu_threads(threads):
         # Late, because its classes are diffusers' and transformers' own.
         from ..zoo.train_tiny_wan import train as run
 
@@ -60,8 +58,6 @@ def tiny_wan(
             f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
         )
         facts = run(out, variant, minutes, begin, device, seed, batch)
-    finally:
-        torch.set_num_threads(before)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
 
@@ -88,12 +84,10 @@ def tiny_lumos(
     _check(minutes, batch, threads, device)
     _make_folder(out)
 
-    import torch
+    from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with cpu_threads(threads):
         from ..zoo.train_tiny_lumos import train as run
 
         planned = sum(value for name, value in minutes.items() if begin is None or name == "transformer")
@@ -101,11 +95,39 @@ def tiny_lumos(
             f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
         )
         facts = run(out, minutes, begin, device, seed, batch)
-    finally:
-        torch.set_num_threads(before)
     score = facts["tokenizer_psnr_fresh_seeds"]
     text = f"{out}: tokenizer {score} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
+
+
+@train.command("tiny-skyreels")
+@shell.guarded
+def tiny_skyreels(
+    begin: options.BeginMany,
+    out: options.TrainFolder,
+    minutes: options.TrainMinutes = 60.0,
+    batch: options.Batch = 2,
+    seed: options.TrainSeed = 0,
+    device: options.TrainDevice = "cpu",
+    threads: options.TrainThreads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train SkyReels-V2's diffusion forcing in small, from the many-step stage of a training of tiny-wan on.
+
+    The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
+    """
+    _check({"": minutes}, batch, threads, device)
+    _make_folder(out)
+
+    from ..evaluate.machine import cpu_threads
+
+    shell.hush()
+    with cpu_threads(threads):
+        from ..zoo.train_tiny_skyreels import train as run
+
+        shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
+        facts = run(out, minutes, begin, device, seed, batch)
+    shell.answer({"out": str(out), **facts}, f"{out}: longtake generate … --model {out}", as_json)
 
 
 @train.command("compressor")
@@ -150,12 +172,10 @@ def compressor(
     told = _lines(prompts) if prompts is not None else []
     _make_folder(out)
 
-    import torch
+    from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with cpu_threads(threads):
         from ..zoo.train_compressor import Recipe
         from ..zoo.train_compressor import train as run
 
@@ -166,8 +186,6 @@ def compressor(
         shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
         source = model or options.DEFAULT_MODEL
         facts = run(source, out, minutes, recipe=recipe, prompts=told, device=device, seed=seed)
-    finally:
-        torch.set_num_threads(before)
     held = facts["held_out_distillation"]
     text = (
         f"{out / 'compressor'}: {facts['steps']} steps; on fresh takes {held['trained']:.4g} away from seeing the "
@@ -179,7 +197,8 @@ def compressor(
 def _check(minutes: dict[str, float], batch: int, threads: int | None, device: str) -> None:
     for name, value in minutes.items():
         if not (value >= LEAST_MINUTES and math.isfinite(value)):
-            raise LongtakeError(f"--{name}-minutes {value:g}: give each stage at least {LEAST_MINUTES:g}")
+            option = f"--{name}-minutes" if name else "--minutes"
+            raise LongtakeError(f"{option} {value:g}: give each stage at least {LEAST_MINUTES:g}")
     if batch < 1:
         raise LongtakeError(f"--batch {batch}: give at least 1")
     shell.check_threads(threads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import LongtakeError
 from ..policies import FlowCacheKV
+from .machine import Clock, check_threads, cpu_threads, named, place, precision
 from .measure import Figure, ratios
 from .provenance import others_busy, provenance, refuse_if_busy, write_atomically
 
@@ -150,22 +150,16 @@ def run(
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> CompressionReport:  # fmt: skip
     """Measure; raises LongtakeError for unknown names, a busy machine or too little memory."""
-    if shape not in SHAPES:
-        raise LongtakeError(f"shape {shape!r}: use one of {', '.join(SHAPES)}")
+    size = named(shape, SHAPES)
     if pairs < 1:
         raise LongtakeError(f"{pairs} pairs: give at least 1")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = getattr(torch, dtype or "bfloat16", None)
-    if kind not in (torch.float32, torch.bfloat16, torch.float16):
-        raise LongtakeError(f"dtype {dtype!r}: use float32, bfloat16 or float16")
+    where = place(device or ("cuda" if torch.cuda.is_available() else "cpu"), shape, f"{shape} --device cpu")
+    kind = precision(dtype or "bfloat16")
+    check_threads(threads)
     busy = others_busy()
     refuse_if_busy(busy, force)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        return _measured(SHAPES[shape], shape, pairs, where, kind, busy, force, command, progress)
-    finally:
-        torch.set_num_threads(before)
+    with cpu_threads(threads):
+        return _measured(size, shape, pairs, where, kind, busy, force, command, progress)
 
 
 @torch.no_grad()
@@ -189,10 +183,11 @@ def _measured(
         kept[label] = values.topk((size.chunks - 1) * size.chunk_tokens, -1).indices.sort(-1).values.cpu()
         del values
     progress("memory", len(methods), len(methods))
+    clock = Clock(device)
     seconds: dict[str, list[float]] = {label: [] for label in methods}
     for pair in range(pairs):
         for label in list(methods) if pair % 2 else list(methods)[::-1]:
-            seconds[label].append(_seconds(methods[label], device))
+            seconds[label].append(clock.seconds(methods[label]))
         progress("pairs", pair + 1, pairs)
     settings = {
         "shape": name, "about": size.about, "keys": keys, "queries": size.chunk_tokens, "heads": size.heads,
@@ -220,14 +215,6 @@ def _peak(score: Callable[[], Tensor], device: torch.device) -> tuple[int, Tenso
     with PeakBytes() as watch:
         values = score()
     return watch.peak, values
-
-
-def _seconds(score: Callable[[], Tensor], device: torch.device) -> float:
-    started = time.perf_counter()
-    score()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def _common(a: Tensor, b: Tensor) -> float:

@@ -13,10 +13,7 @@ ratios stand two predictions: FLOPs counted, and two bare forwards timed before 
 from __future__ import annotations
 
 import gc
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -29,9 +26,8 @@ from ..policies import FullHistory, KVPolicy, PackCache
 from ..samplers.masked import MaskedSampler
 from ..session import Session
 from .authors_like import AuthorsLike
-from .bench_shapes import DTYPES
 from .lumos_shapes import SHAPES, LumosBench
-from .measure import rss_bytes
+from .machine import Clock, check_threads, cpu_threads, named, place, precision
 from .packcache_report import ArmRun, PackReport, Ratio
 from .provenance import cpu_times, others_busy, provenance, refuse_if_busy
 
@@ -42,7 +38,6 @@ PIXEL_FRAMES = (24, 48, 96, 192)
 MASK_FREE, AUTHORS_LIKE = "mask-free", "authors-like"
 BASELINES = (MASK_FREE, AUTHORS_LIKE)
 CALIBRATION_RUNS = 5
-RSS_EVERY = 0.005  # seconds between two looks at resident memory
 GUIDANCE = 15.0
 
 
@@ -61,27 +56,27 @@ def run(
     machine unless `force`.
     """
     progress = progress or (lambda *_: None)
-    bench = _named(shape)
-    place, precision = _device(bench, device), dtype or bench.dtype
-    if precision not in DTYPES:
-        raise LongtakeError(f"dtype {precision!r}: use one of {', '.join(DTYPES)}")
+    bench = named(shape, SHAPES)
+    where = place(device or bench.device, bench.shape.name, "lumos-cpu")
+    kind = precision(dtype := dtype or bench.dtype)
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise LongtakeError(f"baseline {unknown[0]!r}: use {' or '.join(BASELINES)}")
     latent = [bench.shape.latent_frames(n) for n in frames]
     if not latent or min(latent) < 2:
         raise LongtakeError(f"{list(frames)} pixel frames: the first one is given, so ask for 2 or more each")
     steps = steps or bench.steps
-    if steps < 1 or (threads is not None and threads < 1):
-        raise LongtakeError(f"{steps} steps, {threads} threads: give at least 1 of each")
+    if steps < 1:
+        raise LongtakeError(f"{steps} steps: give at least 1")
     policy = policy or PackCache()
+    check_threads(threads)
     progress("looking who else is here", 0, 1)
     busy = others_busy()
     refuse_if_busy(busy, force)
     progress("looking who else is here", 1, 1)
-    with _threads(threads), torch.no_grad():
+    with cpu_threads(threads) as running, torch.no_grad():
         started = cpu_times()
-        host = bench.host(place, DTYPES[precision], steps, seed)
-        clock = _Clock(place)
+        host = bench.host(where, kind, steps, seed)
+        clock = Clock(where)
         calibration = _calibrate(bench, host, clock, max(latent))
         takes: dict[str, Callable[[], Iterator[Bytes]]] = {
             policy.name: lambda: _session(bench, host, policy, "resident", max(latent), seed),
@@ -90,17 +85,17 @@ def run(
             takes[MASK_FREE] = lambda: _session(bench, host, FullHistory(), "alias", max(latent), seed)
         if AUTHORS_LIKE in baselines:
             takes[AUTHORS_LIKE] = lambda: _authors(bench, host, steps, max(latent), seed)
-        arms = _measure(takes, max(latent) - 1, clock, in_turn=place.type == "cpu", progress=progress)
+        arms = _measure(takes, max(latent) - 1, clock, in_turn=where.type == "cpu", progress=progress)
         ended = cpu_times()
     report = PackReport(
         command=command, forced=force,
         shape={**asdict(bench.shape), "attention_to_linear_flops_at_13": bench.attention_to_linear()},
         settings={
-            "device": str(place), "dtype": precision, "threads": threads or torch.get_num_threads(), "steps": steps,
+            "device": str(where), "dtype": dtype, "threads": running, "steps": steps,
             "policy": policy.name, "policy_options": asdict(policy), "pixel_frames": list(frames), "seed": seed,
-            "in_turn": place.type == "cpu",
+            "in_turn": where.type == "cpu",
         },
-        provenance=provenance(place),
+        provenance=provenance(where),
         others_busy={"before": busy, "during": started.others_until(ended) if started and ended else None},
         calibration=calibration, arms=arms,
     )  # fmt: skip
@@ -141,7 +136,7 @@ def _authors(bench: LumosBench, host: Lumos, steps: int, frames: int, seed: int)
 
 
 def _measure(
-    takes: dict[str, Callable[[], Iterator[Bytes]]], frames: int, clock: _Clock, *, in_turn: bool, progress: Progress
+    takes: dict[str, Callable[[], Iterator[Bytes]]], frames: int, clock: Clock, *, in_turn: bool, progress: Progress
 ) -> dict[str, ArmRun]:
     arms = {name: ArmRun() for name in takes}
     groups = [list(takes)] if in_turn else [[name] for name in takes]
@@ -170,7 +165,7 @@ def _measure(
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def _calibrate(bench: LumosBench, host: Lumos, clock: _Clock, frames: int) -> dict[str, Any]:
+def _calibrate(bench: LumosBench, host: Lumos, clock: Clock, frames: int) -> dict[str, Any]:
     """Seconds of a bare forward over a frame alone and over one with all the keys of the last frame's full history;
     from them, what a FLOP of a matrix product and of attention takes."""
     cost = bench.cost
@@ -189,7 +184,7 @@ def _calibrate(bench: LumosBench, host: Lumos, clock: _Clock, frames: int) -> di
     }  # fmt: skip
 
 
-def _bare(host: Lumos, keys: int, clock: _Clock) -> float:
+def _bare(host: Lumos, keys: int, clock: Clock) -> float:
     """Least seconds of a forward that attends to `keys` in all; every layer reads the same buffer."""
     geometry = host.geometry()
     n = geometry.tokens_per_frame
@@ -224,83 +219,3 @@ def _rate(report: PackReport, bench: LumosBench, own: str, lengths: Sequence[tup
                 found.counted = cost.budget_speedup(latent, budget, 1.0)
                 found.predicted = None if e is None else cost.budget_speedup(latent, budget, e)
             report.ratios.append(found)
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
-class _Clock:
-    """Wall clock with the device's queue drained, and the most memory held meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def empty(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    @contextmanager
-    def peak(self) -> Iterator[list[int | None]]:
-        """Within it, the first element becomes the bytes held at most above those held at its beginning: by the
-        allocator on a GPU, resident memory on a CPU; None where the system does not tell."""
-        found: list[int | None] = [None]
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            yield found
-            found[0] = torch.cuda.max_memory_allocated(self.device) - before
-            return
-        start = rss_bytes()
-        if start is None:
-            yield found
-            return
-        over, highest = threading.Event(), [start]
-
-        def look() -> None:
-            while not over.wait(RSS_EVERY):
-                highest[0] = max(highest[0], rss_bytes() or 0)
-
-        watcher = threading.Thread(target=look, daemon=True)
-        watcher.start()
-        try:
-            yield found
-        finally:
-            over.set()
-            watcher.join()
-            found[0] = highest[0] - start
-
-
-def _named(shape: str | LumosBench) -> LumosBench:
-    if isinstance(shape, LumosBench):
-        return shape
-    if shape not in SHAPES:
-        raise LongtakeError(f"no shape {shape!r}: use one of {', '.join(SHAPES)}")
-    return SHAPES[shape]
-
-
-def _device(bench: LumosBench, device: str | None) -> torch.device:
-    try:
-        place = torch.device(device or bench.device)
-    except RuntimeError:
-        raise LongtakeError(f"device {device!r}: use cpu or cuda") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise LongtakeError(
-            f"shape {bench.shape.name} on {place}: torch sees no CUDA device here; use --shape lumos-cpu"
-        )
-    return place
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

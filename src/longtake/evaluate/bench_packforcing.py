@@ -12,7 +12,6 @@ Without `decode` frames are not decoded, and frames a second are the transformer
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,7 +24,8 @@ from ..history.parts import Chosen
 from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, PackForcing, SlidingWindow
 from ..session import Session, history_shape
-from .bench_shapes import DTYPES, SHAPES, Shape
+from .bench_shapes import SHAPES, Shape
+from .machine import Clock, check_threads, cpu_threads, named, place, precision
 from .measure import Figure
 from .packforcing_report import Course, PackForcingReport
 from .provenance import cpu_times, others_busy, provenance, refuse_if_busy
@@ -39,6 +39,7 @@ REPEATS = 5
 class _Bench:
     def __init__(self, host: CausalWan, shape: Shape, seed: int, decode: bool, progress: Progress) -> None:
         self.host, self.shape, self.seed, self.decode, self.progress = host, shape, seed, decode, progress
+        self.clock = Clock(host.device)
 
     def session(self, policy: KVPolicy, residency: str, chunks: int | None = None) -> Session:
         generator = torch.Generator().manual_seed(self.seed)
@@ -47,18 +48,6 @@ class _Bench:
             self.host, policy, prompt_embeds=embeds, seed=self.seed, residency=residency, chunks=chunks,
             decode=self.decode,
         )  # fmt: skip
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Wall clock of `work`, the device's queue drained before and after."""
-        self._drain()
-        started = time.perf_counter()
-        work()
-        self._drain()
-        return time.perf_counter() - started
-
-    def _drain(self) -> None:
-        if self.host.device.type == "cuda":
-            torch.cuda.synchronize(self.host.device)
 
 
 def run(
@@ -74,13 +63,10 @@ def run(
     chunks, and on a busy machine unless `force`.
     """
     progress = progress or (lambda *_: None)
-    shape = _named(shape)
+    shape = named(shape, SHAPES)
     shape = replace(shape, chunk_frames=chunk or shape.chunk_frames)
-    place = torch.device(device or shape.device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise LongtakeError(f"shape {shape.name} on {place}: torch sees no CUDA device here; use --shape cpu-small")
-    if (dtype := dtype or shape.dtype) not in DTYPES:
-        raise LongtakeError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    where = place(device or shape.device, shape.name, "cpu-small")
+    kind = precision(dtype := dtype or shape.dtype)
     policy = policy or PackForcing()
     least = policy.sink + policy.recent + policy.top_k + 4
     if chunks < least or full_chunks < 1 or repeats < 1:
@@ -88,26 +74,24 @@ def run(
             f"{chunks} chunks, {full_chunks} of full history, {repeats} repeats: this policy chooses from chunk "
             f"{least - 2} on, so give --chunks {least} or more, and at least 1 of the others"
         )
+    check_threads(threads)
     progress("looking who else is here", 0, 1)
     busy = others_busy()
     refuse_if_busy(busy, force)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with cpu_threads(threads) as running:
         started = cpu_times()
-        decode = place.type == "cuda" if decode is None else decode
-        host = shape.host(place, DTYPES[dtype], seed)
+        decode = where.type == "cuda" if decode is None else decode
+        host = shape.host(where, kind, seed)
         if decode:
-            host.vae = _decoder(place, DTYPES[dtype])
+            host.vae = _decoder(where, kind)
         bench = _Bench(host, shape, seed, decode, progress)
         sizes = history_shape(host, host.geometry())
         report = PackForcingReport(
             command, force, {**asdict(shape), "timesteps": list(shape.timesteps)},
-            {"device": str(place), "dtype": dtype, "threads": torch.get_num_threads(), "chunks": chunks,
+            {"device": str(where), "dtype": dtype, "threads": running, "chunks": chunks,
              "full_chunks": full_chunks, "residency": residency, "repeats": repeats, "decode": decode, "seed": seed,
              "policy": asdict(policy), "compressor": host.compressor.describe()},
-            provenance(place), {"before": busy, "during": None},
+            provenance(where), {"before": busy, "during": None},
         )  # fmt: skip
         with torch.no_grad():
             session = _take(bench, report, policy, residency, chunks)
@@ -117,11 +101,9 @@ def run(
         ended = cpu_times()
         if started is not None and ended is not None:
             report.others_busy["during"] = started.others_until(ended)
-    finally:
-        torch.set_num_threads(before)
     for other in SHAPES.values():
-        if other.device != place.type:
-            reason = f"needs a {other.device} device, this run was on {place.type}"
+        if other.device != where.type:
+            reason = f"needs a {other.device} device, this run was on {where.type}"
             report.missing.append({"shape": other.name, "reason": reason})
     return report
 
@@ -133,7 +115,7 @@ def _follow(bench: _Bench, session: Session, name: str, chunks: int) -> Course:
     """A take from its first chunk on."""
     course = Course()
     for number in range(chunks):
-        course.seconds.append(bench.seconds(lambda: next(session)))
+        course.seconds.append(bench.clock.seconds(lambda: next(session)))
         stats = session.stats.last
         assert stats is not None
         course.outside.append(stats.overhead_seconds)
@@ -190,7 +172,7 @@ def _parts(bench: _Bench, report: PackForcingReport, session: Session, repeats: 
                     for layer in range(host.layers):
                         choice.picked[layer] = choice._pick(choice.scores(layer, q))
 
-        found["selection"].append(bench.seconds(select))
+        found["selection"].append(bench.clock.seconds(select))
         k, v = (torch.empty(1, view.n, *size[2:], dtype=host.dtype, device=host.device) for _ in range(2))
 
         def fill(view: Any = view, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
@@ -208,8 +190,8 @@ def _parts(bench: _Bench, report: PackForcingReport, session: Session, repeats: 
                 v.copy_(source[1])
 
         fill()  # warms up
-        found["view"].append(bench.seconds(fill))
-        found["copy"].append(bench.seconds(copy))
+        found["view"].append(bench.clock.seconds(fill))
+        found["copy"].append(bench.clock.seconds(copy))
         history.abandon(block)
     forwards = len(session.schedule.timesteps) + 1
     times = forwards if history.residency == "scratch" else 1  # a scratch view is built anew for every forward
@@ -262,10 +244,10 @@ def _scores(bench: _Bench, report: PackForcingReport, blocks: Sequence[int], tok
         fast = lambda sums=sums: policy.score(q, sums)
         whole = lambda keys=keys, count=count: _double_sum(q, keys, count)
         fast()
-        times = [bench.seconds(fast) for _ in range(repeats)]
+        times = [bench.clock.seconds(fast) for _ in range(repeats)]
         report.figures.append(Figure.of(f"score of {count} blocks by key sums", "ms", [1e3 * s for s in times]))
         name = f"score of {count} blocks by all pairs"
-        slow = [bench.seconds(whole) for _ in range(repeats)]
+        slow = [bench.clock.seconds(whole) for _ in range(repeats)]
         report.figures.append(Figure.of(name, "ms", [1e3 * s for s in slow]))
         a, b = fast().double(), whole().double()
         report.counts[f"score_agreement_{count}"] = float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
@@ -287,11 +269,3 @@ def _decoder(place: torch.device, dtype: torch.dtype) -> Any:
     with torch.device(place):
         vae: Any = AutoencoderKLWan()
     return vae.to(dtype).eval().requires_grad_(False)
-
-
-def _named(shape: str | Shape) -> Shape:
-    if isinstance(shape, Shape):
-        return shape
-    if shape not in SHAPES:
-        raise LongtakeError(f"no shape {shape!r}: use one of {', '.join(SHAPES)}")
-    return SHAPES[shape]

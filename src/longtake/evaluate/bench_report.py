@@ -27,6 +27,11 @@ class Target:
     met: bool | None
     note: str = ""
 
+    def line(self) -> str:
+        """For people."""
+        word = {True: "met", False: "NOT MET", None: "not judged"}[self.met]
+        return f"{word:>10}  {self.name} {self.limit}: {self.found}" + (f" ({self.note})" if self.note else "")
+
 
 @dataclass
 class Curve:

@@ -76,4 +76,3 @@ SHAPES = {
         ),
     )
 }  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

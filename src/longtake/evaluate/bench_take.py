@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from ..policies import FullHistory, KVPolicy, SlidingWindow
 from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
 from ..session import Session
 from .bench_report import Curve, TakeReport, Target
-from .bench_shapes import DTYPES, SHAPES, Shape
+from .bench_shapes import SHAPES, Shape
+from .machine import Clock, check_threads, cpu_threads, named, place, precision
 from .measure import CountOperations, Figure, OpCounts, live_tensor_bytes, ratios, rss_bytes
 from .provenance import BUSY_LIMIT, cpu_times, others_busy, provenance, refuse_if_busy
 
@@ -66,6 +65,7 @@ class _Bench:
     seed: int
     report: TakeReport
     progress: Progress
+    clock: Clock
 
     def session(self, policy: KVPolicy, residency: str = "resident", chunks: int | None = None) -> Session:
         generator = torch.Generator().manual_seed(self.seed)
@@ -78,23 +78,11 @@ class _Bench:
     def window(self) -> SlidingWindow:
         return SlidingWindow(self.shape.window, self.shape.sink)
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Wall clock of `work`, the device's queue drained before and after."""
-        self._drain()
-        started = time.perf_counter()
-        work()
-        self._drain()
-        return time.perf_counter() - started
-
     def chunk(self, session: Session) -> tuple[float, ChunkStats]:
         """Seconds of the next chunk, and its own account of itself."""
-        seconds = self.seconds(lambda: next(session))
+        seconds = self.clock.seconds(lambda: next(session))
         assert session.stats.last is not None
         return seconds, session.stats.last
-
-    def _drain(self) -> None:
-        if self.host.device.type == "cuda":
-            torch.cuda.synchronize(self.host.device)
 
 
 def run(
@@ -110,26 +98,25 @@ def run(
     Raises LongtakeError for an unknown shape, device or dtype, for too few chunks or pairs, and on a busy machine.
     """
     progress = progress or (lambda *_: None)
-    shape = _named(shape)
-    place = _device(shape, device)
-    dtype = dtype or shape.dtype
-    if dtype not in DTYPES:
-        raise LongtakeError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    shape = named(shape, SHAPES)
+    where = place(device or shape.device, shape.name, "cpu-small")
+    if where.type != shape.device:
+        raise LongtakeError(f"shape {shape.name} is for {shape.device}, not {where.type}: use --device {shape.device}")
+    kind = precision(dtype := dtype or shape.dtype)
     if chunks < shape.early + 2 or pairs < 2 or repeats < 1:
         raise LongtakeError(
             f"{chunks} chunks, {pairs} pairs, {repeats} repeats: shape {shape.name} needs at least {shape.early + 2} "
             "chunks (its early snapshot comes first), 2 pairs and 1 repeat"
         )
-    if threads is not None and threads < 1:
-        raise LongtakeError(f"{threads} threads: give 1 or more")
+    check_threads(threads)
     progress("looking who else is here", 0, 1)
     busy = others_busy()
     refuse_if_busy(busy, force)
     progress("looking who else is here", 1, 1)
-    with _threads(threads), torch.no_grad():
+    with cpu_threads(threads) as running, torch.no_grad():
         started = cpu_times()
         settings = {
-            "device": str(place), "dtype": dtype, "threads": torch.get_num_threads(), "chunks": chunks,
+            "device": str(where), "dtype": dtype, "threads": running, "chunks": chunks,
             "early": shape.early, "pairs": pairs, "repeats": repeats, "curve_chunks": shape.curve_chunks, "seed": seed,
         }  # fmt: skip
         report = TakeReport(
@@ -137,10 +124,12 @@ def run(
             force,
             {**asdict(shape), "timesteps": list(shape.timesteps)},
             settings,
-            provenance(place),
+            provenance(where),
             {"before": busy, "during": None},
         )
-        bench = _Bench(shape.host(place, DTYPES[dtype], seed), shape, chunks, pairs, repeats, seed, report, progress)
+        bench = _Bench(
+            shape.host(where, kind, seed), shape, chunks, pairs, repeats, seed, report, progress, Clock(where)
+        )
         with tempfile.TemporaryDirectory(prefix="longtake-bench-") as folder:
             early, late = Path(folder) / "early.safetensors", Path(folder) / "late.safetensors"
             _take(bench, early, late)
@@ -152,8 +141,8 @@ def run(
     if started is not None and ended is not None:
         report.others_busy["during"] = started.others_until(ended)
     for other in SHAPES.values():
-        if other.device != place.type:
-            reason = f"needs a {other.device} device, this run was on {place.type}"
+        if other.device != where.type:
+            reason = f"needs a {other.device} device, this run was on {where.type}"
             report.missing.append({"shape": other.name, "reason": reason})
     report.targets = _targets(report)
     return report
@@ -255,7 +244,7 @@ def _rounds(bench: _Bench) -> None:
         at = number % len(names)
         for name in names[at:] + names[:at]:
             if name == "bare":
-                seconds[name].append(bench.seconds(bare))
+                seconds[name].append(bench.clock.seconds(bare))
                 continue
             spent, stats = bench.chunk(sessions[name])
             seconds[name].append(spent)
@@ -316,7 +305,7 @@ def _codec(bench: _Bench) -> None:
     except LongtakeError as error:
         bench.report.figures += [Figure.absent(encode, "ms", str(error)), Figure.absent(decode, "ms", str(error))]
         return
-    encoding = [bench.seconds(lambda: host.encode_prompt(["a red ball"])) for _ in range(CODEC_RUNS)]
+    encoding = [bench.clock.seconds(lambda: host.encode_prompt(["a red ball"])) for _ in range(CODEC_RUNS)]
     decoding = []
     for number in range(CODEC_RUNS + 2):
         seconds = bench.chunk(session)[1].decode_seconds
@@ -373,37 +362,6 @@ def _within(figure: Figure, relation: str, limit: float, kept: Callable[[Any], b
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
-
-
-def _named(shape: str | Shape) -> Shape:
-    if isinstance(shape, Shape):
-        return shape
-    if shape not in SHAPES:
-        raise LongtakeError(f"no shape {shape!r}: use one of {', '.join(SHAPES)}")
-    return SHAPES[shape]
-
-
-def _device(shape: Shape, device: str | None) -> torch.device:
-    try:
-        place = torch.device(device or shape.device)
-    except RuntimeError:
-        raise LongtakeError(f"device {device!r}: use cpu or cuda") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise LongtakeError(f"shape {shape.name} on {place}: torch sees no CUDA device here; use --shape cpu-small")
-    if place.type != shape.device:
-        raise LongtakeError(f"shape {shape.name} is for {shape.device}, not {place.type}: use --device {shape.device}")
-    return place
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _ms(seconds: list[float]) -> list[float]:

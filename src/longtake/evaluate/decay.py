@@ -21,7 +21,7 @@ from ..policies import FullHistory, KVPolicy, PackCache
 from ..policies.allocation import decay_weights
 from ..session import Session
 from .attention_mass import ChunkMass, HeatMap, MassProbe
-from .provenance import provenance, write_atomically
+from .provenance import provenance, write_report
 
 LEAST_MASS = 1e-6  # below it a frame says more about rounding than about decay
 SCHEMA = 1
@@ -150,11 +150,7 @@ class DecayReport:
         """`stem`.json and the figures in `folder`. Raises LongtakeError if they cannot be written."""
         from .decay_figures import figures
 
-        files = {folder / f"{stem}.json": (json.dumps(self.as_dict()) + "\n").encode()}
-        files |= {folder / f"{stem}-{name}.png": data for name, data in figures(self).items()}
-        for path, data in files.items():
-            write_atomically(path, data)
-        return list(files)
+        return write_report(folder, stem, json.dumps(self.as_dict()), figures(self))
 
 
 def measure(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .canvas import ACCENT, INK, PALE, canvas, png
 
 if TYPE_CHECKING:
     from .decay import DecayReport
 
-INK, ACCENT, PALE = "#1f6f8b", "#c2571a", "#9aa5ab"
 COLOURS = {"text": "#7a5c99", "anchor": "#4f8a4f", "history": INK, "current": PALE}
 
 
@@ -23,7 +23,7 @@ def fit_figure(report: DecayReport) -> bytes:
     """Mass by age with the fitted line and PackCache's shares of the same total; ρ of every layer beside it."""
     from matplotlib.ticker import MaxNLocator
 
-    canvas, (left, right) = _canvas(9, 3.6, 1, 2, width_ratios=[2.2, 1])
+    figure, (left, right) = canvas(9, 3.6, 1, 2, width_ratios=[2.2, 1])
     ages, mass, _ = report.by_age()
     layers = mass.mean(1)  # [L, D]
     mean, found = layers.mean(0), report.decay()
@@ -48,21 +48,21 @@ def fit_figure(report: DecayReport) -> bytes:
     right.invert_yaxis()
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _png(canvas, report)
+    return png(figure, _title(report))
 
 
 def steps_figure(report: DecayReport) -> bytes:
     """Where attention goes at each denoising step, chunks with a history only."""
     from matplotlib.ticker import MaxNLocator
 
-    canvas, axes = _canvas(6, 3.4, 1, 1)
+    figure, axes = canvas(6, 3.4, 1, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for kind, values in report.by_step().items():
         axes.plot(np.arange(1, len(values) + 1), values, "o-", color=COLOURS[kind], ms=4, lw=1.4, label=kind)
     axes.set(xlabel="step", ylabel="attention mass", title="over the denoising steps")
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, fontsize=8)
-    return _png(canvas, report)
+    return png(figure, _title(report))
 
 
 def heat_figure(report: DecayReport) -> bytes:
@@ -70,33 +70,18 @@ def heat_figure(report: DecayReport) -> bytes:
     from matplotlib.colors import LogNorm
 
     maps = report.heat
-    canvas, axes = _canvas(4.2 * max(1, len(maps)), 3.6, 1, max(1, len(maps)))
+    figure, axes = canvas(4.2 * max(1, len(maps)), 3.6, 1, max(1, len(maps)))
     for ax, heat in zip(np.atleast_1d(axes), maps, strict=False):
         rows = np.maximum(heat.rows, 1e-9)
         shown = ax.imshow(rows, aspect="auto", cmap="magma", norm=LogNorm(max(rows.min(), 1e-7), rows.max()))
         for border in heat.borders[1:]:
             ax.axvline(border - 0.5, color="white", lw=0.5, alpha=0.9)
         ax.set(title=f"layer {heat.layer}, step {heat.step + 1}", xlabel="keys, binned", ylabel="queries")
-        canvas.colorbar(shown, ax=ax, label="mass per key")
+        figure.colorbar(shown, ax=ax, label="mass per key")
     if not maps:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    return _png(canvas, report)
+    return png(figure, _title(report))
 
 
-def _canvas(width: float, height: float, rows: int, columns: int, **grid: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return canvas, canvas.subplots(rows, columns, gridspec_kw=grid or None)
-
-
-def _png(canvas: Any, report: DecayReport) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    for axes in canvas.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    canvas.suptitle(f"{report.model}, {report.policy} history, {len(report.takes)} takes", fontsize=9)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer)
-    return buffer.getvalue()
+def _title(report: DecayReport) -> str:
+    return f"{report.model}, {report.policy} history, {len(report.takes)} takes"

@@ -60,6 +60,13 @@ class Figure:
     def absent(cls, name: str, unit: str, reason: str) -> Self:
         return cls(name, unit, missing=reason)
 
+    def line(self) -> str:
+        """For people."""
+        if self.median is None or self.ci95 is None:
+            return f"{self.name}: missing, {self.missing}"
+        low, high = self.ci95
+        return f"{self.name}: {self.median:.4g} {self.unit}".rstrip() + f"  [{low:.4g}, {high:.4g}]  n={self.n}"
+
     def as_dict(self) -> dict[str, Any]:
         if self.missing:
             return {"name": self.name, "unit": self.unit, "missing": self.missing}

@@ -9,6 +9,7 @@ import platform
 import secrets
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,6 +101,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             hidden.unlink(missing_ok=True)
+
+
+def write_report(folder: Path, stem: str, document: str, pictures: Mapping[str, bytes]) -> list[Path]:
+    """`stem`.json and the pictures in `folder`, each whole or not at all: `stem`-NAME.png, or `stem`.png for the name
+    "". Raises LongtakeError if one cannot be written."""
+    files = {folder / f"{stem}.json": (document + "\n").encode()}
+    files |= {folder / f"{stem}{'-' * bool(name)}{name}.png": data for name, data in pictures.items()}
+    for path, data in files.items():
+        write_atomically(path, data)
+    return list(files)
 
 
 def read_json(path: Path) -> Any:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..reuse.theory import steepest_power
+from .canvas import ACCENT, INK, PALE, canvas, png
 from .reuse_traces import DEVIATIONS, bounds
 
 if TYPE_CHECKING:
     from .reuse_traces import ReuseReport
-
-INK, ACCENT, PALE = "#1f6f8b", "#c2571a", "#9aa5ab"
 
 
 def figures(report: ReuseReport) -> dict[str, bytes]:
@@ -25,7 +23,7 @@ def figures(report: ReuseReport) -> dict[str, bytes]:
 
 def moves_figure(report: ReuseReport) -> bytes:
     """Relative L1 of every chunk, and what it would be for Gaussian data."""
-    canvas, axes = _canvas(7, 3.8, 1)
+    figure, axes = canvas(7, 3.8)
     changes = report.changes()
     x = np.arange(1, changes.shape[1] + 1)
     for i, row in enumerate(changes):
@@ -39,12 +37,12 @@ def moves_figure(report: ReuseReport) -> bytes:
         xlabel="step", ylabel="relative L1 since the step before", yscale="log", ylim=bounds(changes.ravel().tolist())
     )
     axes.legend(frameon=False, fontsize=8)
-    return _png(canvas, report)
+    return png(figure, f"{report.model}, {report.reuse}", 8)
 
 
 def decisions_figure(report: ReuseReport) -> bytes:
     """Which steps were reused, and the accumulators that decided it."""
-    canvas, (top, bottom) = _canvas(7, 4.6, 2)
+    figure, (top, bottom) = canvas(7, 4.6, 2)
     rows = np.array([[d.reused for d in chunk] for chunk in report.decided], dtype=float)
     top.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
     top.set(ylabel="chunk", title=f"reused steps (dark), {report.reused:.0%} of all")
@@ -52,34 +50,15 @@ def decisions_figure(report: ReuseReport) -> bytes:
     for chunk in report.decided:
         bottom.step(range(len(chunk)), [d.accumulator for d in chunk], where="mid", color=INK, lw=1, alpha=0.7)
     bottom.set(xlabel="step", ylabel="accumulator")
-    return _png(canvas, report)
+    return png(figure, f"{report.model}, {report.reuse}", 8)
 
 
 def criterion_figure(report: ReuseReport) -> bytes:
     """Up to which power p of σ = u^p relative L1 rises over the whole way, by the data's standard deviation."""
-    canvas, axes = _canvas(5, 3.4, 1)
+    figure, axes = canvas(5, 3.4)
     s = np.linspace(0, 3, 200)
     axes.plot(s, [steepest_power(float(x)) for x in s], color=INK, lw=1.6)
     axes.axhline(1, color=PALE, lw=0.8, ls=":")
     axes.set(xlabel="standard deviation s of the data", ylabel="largest p that rises", ylim=(0, 1.1))
     axes.set_title("σ = u^p: relative L1 rises for p ≤ 2 / (1 + √(1 + s²))", fontsize=9)
-    return _png(canvas, report)
-
-
-def _canvas(width: float, height: float, rows: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return canvas, canvas.subplots(rows, 1)
-
-
-def _png(canvas: Any, report: ReuseReport) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    for axes in canvas.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    canvas.suptitle(f"{report.model}, {report.reuse}", fontsize=8)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure, f"{report.model}, {report.reuse}", 8)

@@ -22,7 +22,7 @@ from ..named import spec
 from ..reuse import Decision, FlowCacheReuse, ReusePolicy, parse
 from ..reuse.theory import relative_l1, rises, steepest_power
 from ..session import Session
-from .provenance import provenance, write_atomically
+from .provenance import provenance, write_report
 
 SCHEMA = 1
 DEVIATIONS = (0.3, 0.6, 1.0)
@@ -104,11 +104,7 @@ class ReuseReport:
         """`stem`.json and the figures in `folder`. Raises LongtakeError if they cannot be written."""
         from .reuse_figures import figures
 
-        files = {folder / f"{stem}.json": (json.dumps(self.as_dict()) + "\n").encode()}
-        files |= {folder / f"{stem}-{name}.png": data for name, data in figures(self).items()}
-        for path, data in files.items():
-            write_atomically(path, data)
-        return list(files)
+        return write_report(folder, stem, json.dumps(self.as_dict()), figures(self))
 
 
 def measure(

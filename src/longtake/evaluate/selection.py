@@ -17,7 +17,7 @@ from ..hosts.base import Host
 from ..named import spec
 from ..policies import PackForcing
 from ..session import Session
-from .provenance import provenance, write_atomically
+from .provenance import provenance, write_report
 
 SCHEMA = 1
 
@@ -119,11 +119,7 @@ class SelectionReport:
         """`stem`.json and the figures in `folder`. Raises LongtakeError if they cannot be written."""
         from .selection_figures import figures
 
-        files = {folder / f"{stem}.json": (json.dumps(self.as_dict()) + "\n").encode()}
-        files |= {folder / f"{stem}-{name}.png": data for name, data in figures(self).items()}
-        for path, data in files.items():
-            write_atomically(path, data)
-        return list(files)
+        return write_report(folder, stem, json.dumps(self.as_dict()), figures(self))
 
 
 def measure(

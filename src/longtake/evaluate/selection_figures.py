@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .canvas import INK, PALE, canvas, png
+
 if TYPE_CHECKING:
     from .selection import SelectionReport
-
-INK, PALE = "#1f6f8b", "#9aa5ab"
 
 
 def figures(report: SelectionReport) -> dict[str, bytes]:
@@ -20,7 +19,7 @@ def figures(report: SelectionReport) -> dict[str, bytes]:
 
 def map_figure(report: SelectionReport) -> bytes:
     """Chunks from left to right, blocks from old to new: in how many of the layers a block was picked."""
-    canvas, axes = _canvas(7, 4.6)
+    figure, axes = canvas(7, 4.6)
     first, last = report.chunks[0].chunk, report.chunks[-1].chunk
     blocks = max(c.candidates[-1] for c in report.chunks) + 1
     shares = np.full((blocks, last - first + 1), np.nan)
@@ -33,31 +32,16 @@ def map_figure(report: SelectionReport) -> bytes:
     )  # fmt: skip
     axes.set_facecolor("#eeeeee")
     axes.set(xlabel="chunk", ylabel="block of the middle (chunk it was)", title="layers that picked it")
-    canvas.figure.colorbar(image, ax=axes, shrink=0.8)
-    return _png(canvas, report)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return png(figure, f"{report.model}, {report.settings['policy']}", 7)
 
 
 def age_figure(report: SelectionReport) -> bytes:
     """How often a block was picked, by its age, beside picking at random."""
-    canvas, axes = _canvas(7, 3.6)
+    figure, axes = canvas(7, 3.6)
     ages, picked, random = zip(*report.demand(), strict=True)
     axes.bar(ages, picked, color=INK, width=0.9, label="picked")
     axes.step(ages, random, where="mid", color=PALE, lw=1.4, label="at random")
     axes.set(xlabel="age in chunks", ylabel="share of chances", ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=8)
-    return _png(canvas, report)
-
-
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return FigureCanvasAgg(figure), figure.subplots()
-
-
-def _png(canvas: Any, report: SelectionReport) -> bytes:
-    canvas.figure.suptitle(f"{report.model}, {report.settings['policy']}", fontsize=7, color=PALE)
-    out = io.BytesIO()
-    canvas.figure.savefig(out, format="png", dpi=120)
-    return out.getvalue()
+    return png(figure, f"{report.model}, {report.settings['policy']}", 7)
