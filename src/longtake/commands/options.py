@@ -89,6 +89,13 @@ Residency = Annotated[
         show_default="resident",
     ),
 ]
+HistoryDtype = Annotated[
+    str | None,
+    Option(
+        help="Keep the past quantised, a byte a number: int8 or fp8; --memory then holds more of it.",
+        show_default="the model's dtype",
+    ),
+]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:N or mps.", show_default="the first GPU, else the CPU")]
 Dtype = Annotated[
     str | None,
@@ -184,6 +191,9 @@ Begin = Annotated[
 ]
 BeginLumos = Annotated[
     Path | None, Option("--begin", metavar="DIR", help="Another training: take its tokenizer, begin with its weights.")
+]
+BeginMany = Annotated[
+    Path, Option("--begin", metavar="DIR", help="A training of tiny-wan: take its autoencoder, text and many-step stage.")
 ]
 Batch = Annotated[int, Option(help="Windows of seven chunks a step.")]
 LumosBatch = Annotated[int, Option("--batch", help="Windows of eight latent frames a step.")]
