@@ -1,0 +1,90 @@
+"""`longtake batch`: a file of takes, each made exactly once, in this process or on a Ray cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from ..errors import LongtakeError
+from . import options, shell
+
+if TYPE_CHECKING:
+    from ..cluster.batch import Outcome
+
+
+def batch(
+    prompts: Annotated[
+        Path,
+        Argument(
+            metavar="PROMPTS.jsonl",
+            help="A JSON object per line: prompt, and what is wanted of seed, model, policy, reuse, seconds or chunks, "
+            "size, steps, guidance, negative, image, switch, switch_mode, id.",
+        ),
+    ],
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="DIR", help="Gets takes/NAME/take.mp4 and take.json, and results.jsonl.")
+    ],
+    model: options.Model = None,
+    policy: options.Policy = None,
+    reuse: Annotated[
+        str | None, Option(metavar="SPEC", help="As for `longtake generate`.", show_default="none")
+    ] = None,
+    seconds: options.Seconds = None,
+    chunks: options.Chunks = None,
+    size: options.Size = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:  # fmt: skip
+    """Make every take of a file that is not in DIR yet. The options say what the lines leave out.
+
+    Run it again after Ctrl-C, a crash or a kill: what is there is kept, and nothing is made twice. A line that is wrong
+    or fails is told with its number, and does not stop the others; the exit code is then 1.
+    """
+    if seconds is not None and chunks is not None:
+        raise LongtakeError("--seconds and --chunks: give one of them")
+    shell.check_choice(dtype, "--dtype", options.DTYPES)
+    shell.check_threads(threads)
+
+    from ..cluster import batch as batches
+    from ..cluster.jobs import read_lines
+    from ..cluster.making import Maker
+
+    defaults = {"model": model, "policy": policy, "reuse": reuse, "seconds": seconds, "chunks": chunks, "size": size}
+    lines = read_lines(prompts, defaults)
+    shell.check_device(device)
+    shell.hush()
+    runner = batches.Here(Maker(device, dtype, threads))
+    done = 0
+
+    def told(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        shell.say(f"{done}/{len(lines)} {text(outcome)}")
+
+    with shell.StopAsked() as stop:
+        outcomes = batches.run(lines, output, runner, lambda: not stop.asked, told)
+    counts = {status: sum(o.status == status for o in outcomes) for status in batches.STATUSES}
+    video, work = sum(o.video_seconds for o in outcomes), sum(o.seconds for o in outcomes)
+    report = {
+        "output": str(output), **counts, "video_seconds": video, "work_seconds": work,
+        "lines": [outcome.row() for outcome in outcomes],
+    }  # fmt: skip
+    listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    shell.answer(report, f"{output}: {listed}; {video:.2f} s of video in {work:.2f} s of work", as_json)
+    if stop.asked:
+        raise typer.Exit(stop.exit_code)
+    if counts["failed"] or counts["wrong"]:
+        raise typer.Exit(shell.FAILED)
+
+
+def text(outcome: Outcome) -> str:
+    """A line's end, for people."""
+    words = {"made": "made", "kept": "is there already", "stopped": "was not come to"}
+    if outcome.status in words:
+        return f"line {outcome.line} {words[outcome.status]}: {outcome.name}"
+    return f"line {outcome.line} {outcome.status}: {outcome.problem}"
