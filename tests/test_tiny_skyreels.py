@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_a_moment_of_the_sampler_is_a_staircase_that_ends_clean():
         assert (np.diff(there) >= 0).all() and (there > 0).any()
         rising = there[there > 0]
         at = [levels.index(level) for level in rising]
-        assert all(a - b == 10 for a, b in zip(at, at[1:], strict=False))
+        assert all(a - b == 10 for a, b in pairwise(at))
         finished += int((there == 0).any())
         waiting += int(np.isnan(stairs).any())
     assert finished > 50 and waiting > 50

@@ -1,8 +1,8 @@
 """Diffusion forcing: every chunk of a window at a noise level of its own, in one forward with gradients.
 
-As the staggered sampler runs a model, so it is trained: a chunk sees the chunks before it *at the noise they have*, each
-with its own timestep, and itself; nothing sees a later chunk. Chunks stand on the batch axis of the stock forward, and
-a self-attention processor puts them back on the token axis, so no mask is needed.
+As the staggered sampler runs a model, so it is trained: a chunk sees the chunks before it *at the noise they have*,
+each with its own timestep, and itself; nothing sees a later chunk. Chunks stand on the batch axis of the stock forward,
+and a self-attention processor puts them back on the token axis, so no mask is needed.
 
 Letters: B videos, F latent frames, n chunks of c frames, N tokens, H heads, D head dim.
 """
