@@ -105,7 +105,7 @@ def tiny_lumos(
 def tiny_skyreels(
     begin: options.BeginMany,
     out: options.TrainFolder,
-    minutes: options.TrainMinutes = 60.0,
+    minutes: options.TrainMinutes = 40.0,
     batch: options.Batch = 2,
     seed: options.TrainSeed = 0,
     device: options.TrainDevice = "cpu",
@@ -114,7 +114,8 @@ def tiny_skyreels(
 ) -> None:
     """Train SkyReels-V2's diffusion forcing in small, from the many-step stage of a training of tiny-wan on.
 
-    The same command goes on where it was stopped: checkpoints and numbers are kept in DIR/work.
+    On a CPU, minutes are those the training had a core for: a busy machine makes it last longer. The same command goes
+    on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
     _check({"": minutes}, batch, threads, device)
     _make_folder(out)
