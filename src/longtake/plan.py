@@ -38,10 +38,17 @@ class HistoryShape:
     decay: float | None = None  # measured fall of attention per latent frame of distance, if the model's is known
     compressed_tokens: int = 0  # of a chunk's compressed form; 0: the take has no compressor
     live_chunks: int = 1  # most chunks in flight at once (staggered samplers)
+    head_bytes: int | None = None  # of one token's K, or V, of one head as it is held; None: as it is computed
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token: K and V, all layers, all takes and streams."""
+        """Bytes of one token as it is held: K and V, all layers, all takes and streams."""
+        held = self.head_dim * self.itemsize if self.head_bytes is None else self.head_bytes
+        return 2 * self.layers * self.kv_heads * held * self.batch * self.streams
+
+    @property
+    def view_token_bytes(self) -> int:
+        """Bytes of one token in view, which is never quantised: K and V, all layers, all takes and streams."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize * self.batch * self.streams
 
     @property

@@ -16,7 +16,7 @@ from .chunk import Chunk, ChunkStats, Clock, SessionStats
 from .compressors import Compressor, TakeState
 from .errors import LongtakeError, NonFiniteError, PlanError
 from .geometry import Geometry
-from .history import History
+from .history import History, storage_form
 from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
 from .plan import COMPRESSED, FULL, Drop, HistoryShape, Plan
@@ -57,6 +57,8 @@ class Session:
         chunks: an upper limit if it is known; the take then ends by itself, and full history is allocated at once.
         num_frames: the same in pixel frames, a given image included; a staggered take may end in a shorter chunk.
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
+        history_dtype: "int8" or "fp8" keeps the past quantised, each token of each head under a scale of its own; what
+            is in view is of the model's dtype. None keeps it as it was computed.
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
         keep_latents: keep the latents of every chunk the history holds, so that `rebuild` can rewrite its K/V.
         prompt_switch: what a new prompt does to the past, "keep", "recache", "flush" or "cut" (see `switching`);
@@ -81,8 +83,8 @@ class Session:
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, sampler: Sampler | None = None,
         chunks: int | None = None, num_frames: int | None = None, residency: str = "resident",
-        memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
-        prompt_switch: str | None = None,
+        history_dtype: str | None = None, memory_limit: int | None = None, decode: bool = True,
+        keep_latents: bool = False, prompt_switch: str | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
     ) -> None:  # fmt: skip
@@ -146,6 +148,7 @@ class Session:
         self._unobserved = False  # the last step of the chunk in flight was reused
 
         self.noise = noise or self.sampler.noise(_generators(seed, generator, self.batch))
+        self.history_dtype = history_dtype
         self.history = self._make_history(residency, memory_limit, given_frames)
         self.decode = decode
         seen = self.compressor is not None and self.compressor.wants_pixels
@@ -394,7 +397,9 @@ class Session:
         if anchors:  # the prompt is in the sequence, and with it a given image
             anchors += given_frames * self.geometry.tokens_per_frame
         shape = replace(
-            history_shape(self.host, self.geometry, self.batch, len(self._streams), self.compressor),
+            history_shape(
+                self.host, self.geometry, self.batch, len(self._streams), self.compressor, self.history_dtype
+            ),
             frames=frames,
             anchor_tokens=anchors,
         )
@@ -412,7 +417,7 @@ class Session:
                     f"memory_limit={memory_limit} cannot be kept, {self.policy.name} grows with the take: "
                     "say how long it is (chunks=), or use a bounded policy"
                 )
-            view = visible * shape.token_bytes
+            view = visible * shape.view_token_bytes
             views = {"resident": view, "scratch": view // (shape.layers * shape.streams), "alias": 0}
             if residency == "resident" and capacity * shape.token_bytes + view > memory_limit:
                 residency = "scratch"
@@ -428,7 +433,7 @@ class Session:
             residency=residency, score=self.policy.score if scores else None,
             key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
             offloaded=self.policy.offloaded(shape), summed=self.policy.summed(shape),
-            dtype=self.host.dtype, device=self.host.device,
+            dtype=self.host.dtype, device=self.host.device, history_dtype=self.history_dtype,
         )  # fmt: skip
 
     def _stagger(self, sampler: Stagger) -> Staggered:
@@ -768,14 +773,17 @@ def default_policy(host: Host) -> KVPolicy:
 
 
 def history_shape(
-    host: Host, geometry: Geometry, batch: int = 1, streams: int = 1, compressor: Compressor | None = None
-) -> HistoryShape:
+    host: Host, geometry: Geometry, batch: int = 1, streams: int = 1, compressor: Compressor | None = None,
+    history_dtype: str | None = None,
+) -> HistoryShape:  # fmt: skip
     """The sizes a policy needs, of a take of `host` at `geometry`; without a compressor, the model's own counts."""
+    form = storage_form(history_dtype)
     itemsize = torch.empty((), dtype=host.dtype).element_size()
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
         batch, streams, compressed_tokens=(compressor or host.compressor).tokens(geometry),
         decay=host.config.decay, structural_tokens=len(geometry.structural) // geometry.chunk_frames,
+        head_bytes=None if form is None else form.head_bytes(host.head_dim),
     )  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def save(session: Session, path: Any) -> None:
         "masked": asdict(session.sampler) if isinstance(session.sampler, MaskedSampler) else None,
         "prompt_switch": [session.prompt_switch, session._pending_mode, session._cut],
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
+        "history_dtype": session.history_dtype,
         "keep_latents": session._latents is not None, "decode": session.decode,
         "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
         "decoder": decoder_meta, "history": meta, "flight": flight,
@@ -175,7 +176,7 @@ def restore(
         generator=[torch.Generator(device) for device in description["generators"]],
         num_inference_steps=description["num_inference_steps"], guidance_scale=description["guidance_scale"],
         chunks=description["chunks"], residency=description["residency"], decode=description["decode"],
-        keep_latents=description["keep_latents"], compressor=compressor,
+        history_dtype=description.get("history_dtype"), keep_latents=description["keep_latents"], compressor=compressor,
         prompt_switch=description["prompt_switch"][0],
         sampler=sampler,
     )  # fmt: skip
@@ -251,7 +252,7 @@ def _history_state(history: History) -> tuple[dict[str, Tensor], dict[str, Any]]
         used = store.used.nonzero()[:, 0]
         at = used.to(store.k.device)
         tensors[f"history/{stream}/used"] = used
-        for name in ("k", "v"):
+        for name in store.names:
             tensors[f"history/{stream}/{name}"] = getattr(store, name).index_select(2, at)
         for name in ("base", "step"):
             tensors[f"history/{stream}/{name}"] = getattr(store, name).index_select(0, at)
@@ -309,7 +310,7 @@ def _restore_history(history: History, tensors: dict[str, Tensor], meta: dict[st
         used = tensors[f"history/{stream}/used"]
         at = used.to(store.k.device)
         store.used[used] = True
-        for name in ("k", "v"):
+        for name in store.names:
             getattr(store, name).index_copy_(2, at, tensors[f"history/{stream}/{name}"].to(store.k.device))
         for name in ("base", "step"):
             getattr(store, name).index_copy_(0, at, tensors[f"history/{stream}/{name}"].to(store.k.device))

@@ -45,6 +45,7 @@ def generate(
     switch_mode: options.SwitchMode = None,
     memory: options.Memory = None,
     residency: options.Residency = None,
+    history_dtype: options.HistoryDtype = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     text_encoder: options.TextEncoder = "offload",
@@ -77,7 +78,7 @@ def generate(
     fixed = {
         "reuse": reuse if reuse != "none" else None, "size": size, "seed": seed, "image": image, "steps": steps,
         "guidance": guidance, "negative": negative, "memory": memory, "residency": residency,
-        "compat": compat,
+        "history-dtype": history_dtype, "compat": compat,
     }  # fmt: skip
     if resume is not None and (given := [f"--{name}" for name, value in fixed.items() if value is not None]):
         raise LongtakeError(f"{', '.join(given)}: the snapshot of --resume settles that; leave it out")
@@ -94,6 +95,7 @@ def generate(
     if guidance is not None and not math.isfinite(guidance):
         raise LongtakeError(f"--guidance {guidance}: give a finite number; 1 is no guidance")
     shell.check_choice(dtype, "--dtype", options.DTYPES)
+    shell.check_choice(history_dtype, "--history-dtype", options.HISTORY_DTYPES)
     shell.check_choice(switch_mode, "--switch-mode", SWITCHES)
     height, width = shell.parse_size(size)
     switches = [parse_switch(text) for text in prompt_switch or ()]
@@ -146,7 +148,7 @@ def generate(
             asked = kv_policy
             kv_policy = kv_policy or default_policy(host)
             if budget is not None:
-                kv_policy = fitted(kv_policy, budget, host, height, width, guidance)
+                kv_policy = fitted(kv_policy, budget, host, height, width, guidance, history_dtype)
                 if asked is not None and kv_policy != asked:
                     shell.say(f"note: --memory {memory} turns --policy {spec(asked)} into {spec(kv_policy)}")
             geometry = host.geometry(height, width)
@@ -159,7 +161,7 @@ def generate(
                 image=None if image is None else first_frame(image, geometry.height, geometry.width),
                 height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                 sampler=compatible(host, compat, steps), residency=residency or "resident",
-                prompt_switch=switch_mode,
+                history_dtype=history_dtype, prompt_switch=switch_mode,
                 chunks=None if snapshot else chunks,  # a snapshot's take may go on
             )  # fmt: skip
         say_reuse(take)
@@ -257,13 +259,15 @@ def say_plan(chunks: int, geometry: Geometry, policy: KVPolicy) -> None:
 
 
 def fitted(
-    policy: KVPolicy, budget: int, host: Host, height: int | None, width: int | None, guidance: float | None
-) -> KVPolicy:
+    policy: KVPolicy, budget: int, host: Host, height: int | None, width: int | None, guidance: float | None,
+    history_dtype: str | None = None,
+) -> KVPolicy:  # fmt: skip
     """The policy with its own parameters chosen for `budget` bytes of history."""
     from ..session import history_shape
 
     scale = host.config.guidance_scale if guidance is None else guidance
-    shape = history_shape(host, host.geometry(height, width), streams=1 if scale == 1 else 2)
+    streams = 1 if scale == 1 else 2
+    shape = history_shape(host, host.geometry(height, width), streams=streams, history_dtype=history_dtype)
     return policy.fit(budget, shape)
 
 

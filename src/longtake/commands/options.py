@@ -10,6 +10,7 @@ from typer import Argument, Option
 DEFAULT_MODEL = "tiny-wan"
 DEFAULT_SECONDS = 5.0
 DTYPES = ("float32", "bfloat16", "float16")
+HISTORY_DTYPES = ("int8", "fp8")
 
 Output = Annotated[Path, Option("--output", "-o", help="The MP4 to write; it appears when it is complete.")]
 Prompt = Annotated[str | None, Argument(help="What to see; with --resume, what to see from now on.")]
@@ -137,6 +138,17 @@ Snapshot = Annotated[
     Option(help="Write the state at the end, or at Ctrl-C, here, for --resume; it may be the same file as --resume."),
 ]
 Resume = Annotated[Path | None, Option(help="Go on from a snapshot; the MP4 holds the continuation only.")]
+RayAddress = Annotated[
+    str | None,
+    Option(
+        "--ray-address", metavar="HOST:PORT",
+        help="Join this Ray cluster instead; whoever can reach a cluster may run code in it, see the README.",
+    ),
+]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    Option(metavar="N", min=1, help="Workers on Ray.", show_default="one per GPU, else one per --threads CPUs"),
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Source = Annotated[Path, Argument(metavar="IN", help="A .pt, .pth or .safetensors file, or a folder of shards.")]
@@ -193,7 +205,7 @@ BeginLumos = Annotated[
     Path | None, Option("--begin", metavar="DIR", help="Another training: take its tokenizer, begin with its weights.")
 ]
 BeginMany = Annotated[
-    Path, Option("--begin", metavar="DIR", help="A training of tiny-wan: take its autoencoder, text and many-step stage.")
+    Path, Option("--begin", metavar="DIR", help="A training of tiny-wan: take its autoencoder and its many-step stage.")
 ]
 Batch = Annotated[int, Option(help="Windows of seven chunks a step.")]
 LumosBatch = Annotated[int, Option("--batch", help="Windows of eight latent frames a step.")]

@@ -9,20 +9,23 @@ from torch import Tensor
 from ..errors import PlanError
 from ..plan import HistoryShape
 from ..rope import RotaryTable
+from .memory import Memory
 from .parts import Part
+from .quantised import Quantised
 from .store import Store, stretches
 
 
-class Staging:
-    """Device memory for `tokens` tokens of one stream in all layers: k, v [L, B, tokens, H, D].
+class Staging(Memory):
+    """Device memory for `tokens` tokens of one stream in all layers, in the storage form of the host's.
 
     On a GPU the copies run in a CUDA stream of their own and a layer waits for its own only, so that fetching overlaps
     with the forwards; the host memory must be pinned for that.
     """
 
-    def __init__(self, shape: HistoryShape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        size = (shape.layers, shape.batch, tokens, shape.kv_heads, shape.head_dim)
-        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+    def __init__(
+        self, shape: HistoryShape, tokens: int, dtype: torch.dtype, device: torch.device, form: Quantised | None = None
+    ) -> None:
+        super().__init__((shape.layers, shape.batch, tokens, shape.kv_heads, shape.head_dim), dtype, device, form=form)
         self.used = 0
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -30,7 +33,7 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(t.nbytes for t in self.kept)
 
     def clear(self) -> None:
         """Nothing that was fetched is needed any more."""
@@ -57,8 +60,8 @@ class Staging:
         with torch.cuda.stream(self._stream):  # of None: no other stream
             for layer in range(self.k.shape[0]):
                 for take, here, there in pieces:
-                    self.k[layer][take, here].copy_(source.k[layer][take, there], non_blocking=True)
-                    self.v[layer][take, here].copy_(source.v[layer][take, there], non_blocking=True)
+                    for own, its in zip(self.kept, source.kept, strict=True):
+                        own[layer][take, here].copy_(its[layer][take, there], non_blocking=True)
                 if self._stream is not None:
                     event = torch.cuda.Event()
                     event.record(self._stream)
@@ -76,9 +79,9 @@ class Fetched(Part):
 
     def __init__(self, staging: Staging, source: Store, rotary: RotaryTable, rows: Tensor, phases: Tensor) -> None:
         self.staging, self.rotary, self.phases, self.n = staging, rotary, phases, rows.shape[-1]
-        self.at = staging.fetch(source, rows)
+        self.at = (slice(None), staging.fetch(source, rows))
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         self.staging.wait(layer)
-        self.rotary.rotate(self.staging.k[layer][:, self.at], self.phases, out=k)
-        v.copy_(self.staging.v[layer][:, self.at])
+        self.rotary.rotate(self.staging.keys(layer, self.at, k), self.phases, out=k)
+        self.staging.copy_values(layer, self.at, v)

@@ -25,6 +25,7 @@ from ..plan import FULL, Block, BlockTable, Drop, Form, Fuse, HistoryShape, Plan
 from ..rope import RotaryTable
 from .away import Staging
 from .parts import Fusing, Score
+from .quantised import storage_form
 from .store import Store, Sums
 from .view import Buffers, LayerView, Live, Positions, View
 
@@ -39,7 +40,8 @@ class History:
     rebuilt in every forward) or "alias" (the store itself, with rotated keys: only while nothing is ever moved or
     hidden).
     `offloaded` is how many tokens may lie in host memory besides, and how many of those a plan shows at most;
-    `summed` how many forms have key sums at once.
+    `summed` how many forms have key sums at once. `history_dtype` "int8" or "fp8" keeps the past quantised; what is in
+    view, the chunk in flight included, is of `dtype`.
     """
 
     def __init__(
@@ -47,10 +49,16 @@ class History:
         capacity: int | None = None, visible: int | None = None, live_tokens: int | None = None,
         residency: str = "resident", score: Score | None = None, offloaded: tuple[int, int] = (0, 0),
         key_sums: bool = False, summed: int = 0, query_sums: bool = False, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", history_dtype: str | None = None,
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
             raise LongtakeError(f"residency {residency!r}: use one of {', '.join(RESIDENCIES)}")
+        self.form = storage_form(history_dtype)
+        if residency == "alias" and self.form is not None:
+            raise LongtakeError(
+                f"residency 'alias' reads the store itself, which history_dtype={history_dtype!r} keeps as codes: use "
+                "residency='scratch' or 'resident'"
+            )
         self.shape, self.rotary, self.residency, self.score = shape, rotary, residency, score
         self.streams = streams
         self.dtype, self.device = dtype, torch.device(device)
@@ -71,7 +79,7 @@ class History:
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
         away, shown_away = offloaded
         self.archives = {s: self._new_store(away, s, host=True) for s in streams} if away else {}
-        self.staging = {s: Staging(shape, shown_away, dtype, self.device) for s in self.archives}
+        self.staging = {s: Staging(shape, shown_away, dtype, self.device, self.form) for s in self.archives}
         self.views = {
             s: View(
                 s, store, rotary, self.buffers, self._live, score, key_sums, query_sums, self.archives.get(s),
@@ -296,7 +304,7 @@ class History:
         pinned = host and self.device.type == "cuda"  # copies can overlap with the forwards only from pinned memory
         return Store(
             s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned,
-            self.sums[stream],
+            self.sums[stream], self.form,
         )  # fmt: skip
 
     def reserve(self, tokens: int) -> None:

@@ -51,19 +51,18 @@ class Plain(Part):
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
         if len(self.pieces) > MANY_PIECES:  # tokens were dropped one by one
-            torch.index_select(self.store.k[layer], 1, self.rows, out=k)
-            torch.index_select(self.store.v[layer], 1, self.rows, out=v)
+            self.store.gather(layer, self.rows, k, v)
             self.rotary.rotate(k, self.phases, out=k)
             return
         for start, rows in self.pieces:  # half the memory passes of a gather
-            to = slice(start, start + rows.stop - rows.start)
-            self.rotary.rotate(self.store.k[layer][:, rows], self.phases[to], out=k[:, to])
-            v[:, to].copy_(self.store.v[layer][:, rows])
+            to, at = slice(start, start + rows.stop - rows.start), (slice(None), rows)
+            self.rotary.rotate(self.store.keys(layer, at, k[:, to]), self.phases[to], out=k[:, to])
+            self.store.copy_values(layer, at, v[:, to])
 
     def bind(self, layer: int, k: Tensor, v: Tensor) -> Fill:
         keys, values = self.store.k[layer], self.store.v[layer]
         whole = self.rotary.pairing == "interleaved" and 2 * self.rotary.pairs == k.shape[-1]
-        if len(self.pieces) > MANY_PIECES or k.dtype != torch.float32 or not whole:
+        if len(self.pieces) > MANY_PIECES or k.dtype != torch.float32 or not whole or self.store.form is not None:
             return super().bind(layer, k, v)
         # Slices and complex views, made once: in a small model they cost as much time as the bytes they move.
         turns, copies = [], []
@@ -95,11 +94,11 @@ class Fused(Part):
 
     def __init__(self, store: Store, rotary: RotaryTable, held: Rows, shift: float) -> None:
         self.store, self.rotary, self.held, self.shift, self.n = store, rotary, held, shift, len(held.rows)
-        self.at = span(held.rows)
+        self.at = (slice(None), span(held.rows))
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
-        self.rotary.rotate(self.store.k[layer][:, self.at], self.phases(layer), out=k)
-        v.copy_(self.store.v[layer][:, self.at])
+        self.rotary.rotate(self.store.keys(layer, self.at, k), self.phases(layer), out=k)
+        self.store.copy_values(layer, self.at, v)
 
     def phases(self, layer: int) -> Tensor:
         """Of every head's tokens: [B, n, H, P, 2]."""
@@ -151,15 +150,15 @@ class Chosen(Part):
             assert q is not None
             self.picked[layer] = self._pick(self.scores(layer, q))
         _, rows, phases = self.picked[layer]
-        batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        self.rotary.rotate(self.store.k[layer][batch, rows], phases, out=k)
-        v.copy_(self.store.v[layer][batch, rows])
+        at = (torch.arange(rows.shape[0], device=rows.device)[:, None], rows)
+        self.rotary.rotate(self.store.keys(layer, at, k), phases, out=k)
+        self.store.copy_values(layer, at, v)
 
     def scores(self, layer: int, q: Tensor) -> Tensor:
         """What each candidate is worth to rotated queries [B, N, H, D]: [B, M]."""
         if self.entry.evidence == "keys":
             assert self.turn is not None
-            keys = self.store.k[layer].index_select(1, self.rows.flatten()).to(self.device)
+            keys = self.store.keys(layer, (slice(None), self.rows.flatten())).to(self.device)
             return self.score(q, self.rotary.rotate(keys, self.turn)).unflatten(1, self.rows.shape).sum(2)
         sums = torch.stack([s[layer] for s in self.sums], 1)  # [B, M, H, D]
         return self.score(q, sums if self.turn is None else self.rotary.rotate(sums, self.turn))
@@ -209,15 +208,17 @@ class Fusing(Part):
         if self.finished:
             self.seen.fill(layer, k, v, None)
             return
-        keys, values = self._survivors(layer)
-        self.rotary.rotate(keys, self.seen.phases(layer), out=k)
-        v.copy_(values)
+        at = self._survivors(layer)
+        self.rotary.rotate(self.store.keys(layer, at, k), self.seen.phases(layer), out=k)
+        self.store.copy_values(layer, at, v)
 
     def finish(self) -> None:
         """Every layer has chosen: the survivors take over."""
         at = self.at[: self.n]
         for layer in self.done:
-            self.store.k[layer][:, at], self.store.v[layer][:, at] = self._survivors(layer)
+            survivors = self._survivors(layer)
+            for kept in self.store.kept:  # bit by bit
+                kept[layer][:, at] = kept[layer][survivors]
         self.finished = True
 
     def resolve(self, layer: int, *, q: Tensor | None = None, keep: Tensor | None = None) -> None:
@@ -225,7 +226,7 @@ class Fusing(Part):
         base, step = self._positions(layer)  # [B, M, H, axes]
         if keep is None:
             assert q is not None and self.score is not None
-            keys = self.store.k[layer].index_select(1, self.at)  # [B, M, H, D]
+            keys = self.store.keys(layer, (slice(None), self.at))  # [B, M, H, D]
             rotated = self.rotary.rotate(keys, self.rotary.phases(base + self.shift * step))
             keep = self.score(q, rotated).topk(self.n, dim=-1).indices  # [B, H, n], best first
         keep = keep.sort(-1).values if self.sort else keep
@@ -242,12 +243,12 @@ class Fusing(Part):
         self.fused.head_step[layer] = step
         self.done[layer] = self.at[index[..., 0].contiguous()]  # the layout steers how kernels round
 
-    def _survivors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, of what a layer keeps: [B, n, H, D], copied."""
+    def _survivors(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the n tokens that a layer keeps of each take and head lie in the store."""
         rows = self.done[layer]
         take = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
         head = torch.arange(rows.shape[2], device=rows.device)
-        return self.store.k[layer][take, rows, head], self.store.v[layer][take, rows, head]
+        return take, rows, head
 
     def _positions(self, layer: int) -> tuple[Tensor, Tensor]:
         batch, heads = self.store.k.shape[1], self.store.k.shape[3]

@@ -1,7 +1,8 @@
 """The rows of one stream: preallocated K/V of every token the history holds, in all layers.
 
-A row is one token. Keys lie un-rotated, with the position they were written at, so that any later position costs one
-rotation and one rounding (re-rotating bf16 keys in place reaches 3 % error after a hundred shifts).
+A row is one token. Keys lie un-rotated, as they were computed or quantised, with the position they were written at, so
+that any later position costs one rotation and one rounding (re-rotating bf16 keys in place reaches 3 % error after a
+hundred shifts).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from .memory import Memory
+from .quantised import Quantised
 
 
 @dataclass
@@ -45,8 +48,8 @@ class Sums:
         self.free.append(total)
 
 
-class Store:
-    """K/V rows of one stream: `k`, `v` [L, B, R, H, D], and per row `base`, `step` [R, axes] in fp64.
+class Store(Memory):
+    """K/V rows of one stream, and per row `base`, `step` [R, axes] in fp64.
 
     `position = base + shift · step`; both are the host's.
     """
@@ -54,11 +57,9 @@ class Store:
     def __init__(
         self, layers: int, batch: int, rows: int, kv_heads: int, head_dim: int, axes: int,
         dtype: torch.dtype, device: torch.device, pinned: bool = False,
-        sums: Sums | None = None,
+        sums: Sums | None = None, form: Quantised | None = None,
     ) -> None:  # fmt: skip
-        shape = (layers, batch, rows, kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
-        self.v = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+        super().__init__((layers, batch, rows, kv_heads, head_dim), dtype, device, pinned=pinned, form=form)
         self.base = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.step = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.used = torch.zeros(rows, dtype=torch.bool)
@@ -72,7 +73,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Of the rows; key sums, which may be shared with another store, are counted apart."""
-        tensors = [self.k, self.v, self.base, self.step]
+        tensors = [*self.kept, self.base, self.step]
         for rows in self.held.values():
             tensors += [t for t in (rows.head_base, rows.head_step) if t is not None]
         return sum(t.nbytes for t in tensors)
@@ -106,7 +107,7 @@ class Store:
         there = other.take(key, self.base[here], self.step[here])
         there.tokens, there.key_sum, held.key_sum = held.tokens, held.key_sum, None
         to, at = span(there.rows), span(held.rows)
-        for own, its in ((self.k, other.k), (self.v, other.v)):
+        for own, its in zip(self.kept, other.kept, strict=True):
             for layer in range(own.shape[0]):
                 its[layer][:, to] = own[layer][:, at].to(its.device)
         self.drop(key)
@@ -130,7 +131,7 @@ class Store:
     def grow(self, rows: int) -> None:
         """Make room for `rows` rows in all (full history only: everything else is fixed before the first chunk)."""
         more = rows - self.size
-        for name in ("k", "v"):
+        for name in self.names:
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
             new[:, :, : self.size] = old

@@ -251,7 +251,8 @@ class View:
             )  # fmt: skip
         if write:
             live.written.add((self.stream, form))
-        if write and form == FULL:
+        # a quantised store holds something else than what the pass has left in the tail: later blocks see the store
+        if write and form == FULL and self.store.form is None:
             self._stale.discard(block)
         else:
             self._stale.add(block)
@@ -330,10 +331,10 @@ class View:
         for block in blocks:
             to = slice(start, start + self._tokens(block))
             if (self.stream, FULL) in self.live[block].written:
-                at = span(self.store.held[(block, FULL)].rows)
+                at = (slice(None), span(self.store.held[(block, FULL)].rows))
                 phases = self.live[block].phases[(self.stream, FULL)]
-                self.rotary.rotate(self.store.k[layer][:, at], phases, out=k[:, to])
-                v[:, to].copy_(self.store.v[layer][:, at])
+                self.rotary.rotate(self.store.keys(layer, at, k[:, to]), phases, out=k[:, to])
+                self.store.copy_values(layer, at, v[:, to])
             start = to.stop
 
     def _scratch_filler(self, layer: int, k: Tensor, v: Tensor, before: list[int]) -> Callable[[Tensor], None]:
@@ -367,8 +368,7 @@ class View:
         summed = self.key_sums and (form != FULL or (self.stream, COMPRESSED) not in self.live[block].positions)
 
         def write(k: Tensor, v: Tensor, rotated: Tensor) -> None:
-            store.k[layer][:, at] = k.to(store.k.dtype)
-            store.v[layer][:, at] = v.to(store.v.dtype)
+            store.write(layer, (slice(None), at), k, v)
             if summed:
                 if held.key_sum is None:
                     held.key_sum = store.sums.take()
