@@ -1,7 +1,9 @@
 """What every training stage shares: a budget in minutes, checkpoints that can be resumed, and a log of numbers.
 
 A stage is measured in minutes rather than steps, so the same command suits two laptop cores and a GPU: the learning
-rate follows the share of the budget that is used up, and the budget already used is part of the checkpoint.
+rate follows the share of the budget that is used up, and the budget already used is part of the checkpoint. On a CPU
+minutes are CPU time of the training's thread: a machine that is busy with other work makes a training last longer, and
+its schedule does not end early.
 """
 
 import json
@@ -18,7 +20,7 @@ from longtake.zoo.muon import Muon
 
 CHECKPOINT_SECONDS = 90.0
 LOG_SECONDS = 10.0
-PAUSE_SECONDS = 60.0  # a turn that took longer was a stopped process: no more of it counts
+PAUSE_SECONDS = 60.0  # a turn on a GPU that took longer was a stopped process: no more of it counts
 # Parts of a parameter's name that mark embeddings, tables and outermost layers; those learn with AdamW.
 ENDS = ("shared", "bias", "table", "embed", "patch_embedding", "proj_out", "conv_in", "conv_out", "quant_conv")
 
@@ -57,15 +59,18 @@ class Stage:
             self._restore()
 
     def __iter__(self) -> Iterator[float]:
-        saved = logged = last = time.monotonic()
+        on_cpu = all(p.device.type == "cpu" for p in self.parameters)
+        clock = time.thread_time if on_cpu else time.monotonic
+        saved = logged = time.monotonic()
+        last = clock()
         while self.used < self.minutes * 60:
             share = self.used / (self.minutes * 60)
             warm = min(1.0, (self.steps + 1) / 50)
             for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             yield share
-            now = time.monotonic()
-            self.used, last = self.used + min(now - last, PAUSE_SECONDS), now
+            turned, now = clock(), time.monotonic()
+            self.used, last = self.used + (turned - last if on_cpu else min(turned - last, PAUSE_SECONDS)), turned
             if now - logged > LOG_SECONDS:
                 self._log()
                 logged = now

@@ -25,7 +25,7 @@ from longtake.rope import RotaryTable, mm_rope_table
 from longtake.zoo import lanes, tiny_text
 from longtake.zoo.stages import Stage
 from longtake.zoo.tiny_lumos_clips import ROWS, WINDOW, Library, Window
-from longtake.zoo.tiny_lumos_learning import optimizers, own_minutes
+from longtake.zoo.tiny_lumos_learning import optimizers
 from longtake.zoo.tiny_lumos_tokenizer import LEVELS
 
 VOCABULARY = {
@@ -119,7 +119,7 @@ def train(
     library = Library(tokenizer, seed + stage.steps)
     library.grow(FIRST_FILMS)
     words = text_tokenizer()
-    for share in own_minutes(stage, device):
+    for share in stage:
         rng = np.random.default_rng([seed, 3, stage.steps])
         library.grow(int(library.films < FILMS and rng.random() < 0.3))
         short = share < 0.35 and start is None

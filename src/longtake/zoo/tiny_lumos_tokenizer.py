@@ -8,7 +8,7 @@ import torch
 from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.zoo import lanes, tiny_vae
 from longtake.zoo.stages import Stage
-from longtake.zoo.tiny_lumos_learning import optimizers, own_minutes
+from longtake.zoo.tiny_lumos_learning import optimizers
 
 LEVELS = (8, 8, 6, 5)
 WIDTHS = (16, 32, 64)
@@ -35,7 +35,7 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> FSQTokenizer:
     stage = Stage(
         "tokenizer", folder, {"tokenizer": tokenizer}, minutes, RATE, optimizers=optimizers(tokenizer, OUTER, RATE)
     )
-    for share in own_minutes(stage, device):
+    for share in stage:
         rng = np.random.default_rng([seed, stage.steps])
         # Both halves carry state from frame to frame: without long clips in training they wear out on long videos.
         frames = int(rng.choice([1, 5, 9, 17] if share < 0.6 else [5, 9, 17, 33]))

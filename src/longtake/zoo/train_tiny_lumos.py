@@ -48,7 +48,7 @@ def train(
 ) -> dict[str, object]:
     """Run or resume both stages and write the model folder `out`; returns what `training.json` says.
 
-    `minutes` are the budgets of "tokenizer" and "transformer", in CPU time (see `own_minutes`). With `begin`, the
+    `minutes` are the budgets of "tokenizer" and "transformer", in CPU time (see `Stage`). With `begin`, the
     folder of another training, its tokenizer is taken as it is, and the transformer begins with its weights.
     """
     work, begun = out / "work", time.monotonic()

@@ -33,7 +33,6 @@ from longtake.hosts.skyreels import FIRST_LEVEL, shifted
 from longtake.zoo import forcing, lanes, tiny_text, tiny_transformer
 from longtake.zoo.clips import CHUNK, Batch, Library
 from longtake.zoo.stages import Stage
-from longtake.zoo.tiny_lumos_learning import own_minutes
 from longtake.zoo.train_tiny_wan import PROMPTS
 
 STEPS = 50
@@ -80,7 +79,7 @@ def train(
 ) -> dict[str, object]:
     """Run or resume the training and write the pipeline folder `out`; returns what `training.json` says.
 
-    `minutes` are CPU time (see `own_minutes`). `begin` is the folder of a training of tiny-wan: its vae/ and its
+    `minutes` are CPU time (see `Stage`). `begin` is the folder of a training of tiny-wan: its vae/ and its
     work/…-many.pt are taken. `films` are encoded before the first step. Raises LongtakeError if they are not there.
     """
     begun, work = time.monotonic(), out / "work"
@@ -92,7 +91,7 @@ def train(
     if stage.used < stage.minutes * 60:
         library = Library(vae, "short", seed + stage.steps)
         library.grow(films)
-        for _ in own_minutes(stage, device):
+        for _ in stage:
             rng = np.random.default_rng([seed, 2, stage.steps])
             library.grow(int(library.films < FILMS and rng.random() < 0.3))
             window = library.draw(rng, batch)
