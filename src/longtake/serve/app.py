@@ -51,7 +51,7 @@ _BLOCK = 1 << 18
 _CLOSE = {400: 4400, 401: 4401, 404: 4404, 426: 4426, 503: 4503}  # WebSocket codes
 
 
-def owner_of(request: Request) -> str:
+async def owner_of(request: Request) -> str:  # a coroutine: plain functions are sent through a thread of their own
     """Whose token a request carries. Raises Refused."""
     owner: str = request.app.state.tokens.owner(bearer(request.headers.get("authorization")))
     return owner
