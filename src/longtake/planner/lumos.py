@@ -8,14 +8,20 @@ one more forward to write its K/V.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LongtakeError
+from ..flops import FlopShape
+from ..plan import HistoryShape
 from ..policies import FullHistory
+from . import peaks
+from .anatomy import Anatomy, Forward
 from .request import ModelShape, PlanRequest
-from .walk import Layout, walk
+from .walk import Layout, Step, walk
+
+HEADER = 3  # tokens of a prompt without text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +37,38 @@ class LumosShape(ModelShape):
     vocabulary: int = 129_536
     visual_codes: int = 64_000
     patch: int = 8  # pixels per code
-    frame_stride: int = 4  # pixel frames per latent frame after the first
     structural: tuple[int, ...] = (0, 1, 2, -1)  # of a frame: begin, height, width, end
     text_tokens: int = 278  # prompt, separator and video header: what the release's prompts take, about
     steps: int = 50
     streams: int = 2  # with guidance
+    own: str = "window:frames=7,sink=1"
+
+    @property
+    def flop_shape(self) -> FlopShape:
+        """Of a forward without the head, which is charged to every token at the published vocabulary."""
+        weights = self.linear_parameters // self.layers
+        return FlopShape(self.layers, self.heads * self.head_dim, weights, self.hidden * self.vocabulary)
+
+    def history(self, frame_tokens: int, **known: Any) -> HistoryShape:
+        """What a policy is told of a take, anchors and its end apart."""
+        return HistoryShape(
+            self.layers, self.kv_heads, self.head_dim, self.itemsize, frame_tokens, 1, streams=self.streams,
+            structural_tokens=len(self.structural), **known,
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls, name: str, model: Mapping[str, Any], run: Mapping[str, Any], *, itemsize: int, codes: int, text_tokens: int
+    ) -> LumosShape:
+        """Of a folder: `model` is its config.json, `run` how it is run (longtake.json), `codes` how many visual ones
+        there are."""
+        return cls(
+            name=name, about=run.get("about", ""), width=run["width"], height=run["height"], fps=run["fps"],
+            itemsize=itemsize, layers=model["num_hidden_layers"], hidden=model["hidden_size"],
+            ffn=model["intermediate_size"], heads=model["num_attention_heads"], kv_heads=model["num_key_value_heads"],
+            head_dim=model["head_dim"], vocabulary=model["vocab_size"], visual_codes=codes, text_tokens=text_tokens,
+            steps=run["steps"] or len(run["timesteps"]), streams=1 if run["guidance_scale"] == 1 else 2,
+        )  # fmt: skip
 
     @property
     def token_bytes(self) -> int:
@@ -78,11 +111,12 @@ SHAPES = {
     shape.name: shape
     for shape in (
         LumosShape(
-            name="lumos-1-1b", about="Lumos-1 1B", width=672, height=384, fps=12,
+            name="lumos-1-1b", about="Lumos-1 1B", width=672, height=384, fps=12, sizes=((448, 256), (768, 480)),
             layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64,
         ),
         LumosShape(
             name="lumos-1-3b", about="Lumos-1 3B, the model PackCache was measured on", width=672, height=384, fps=12,
+            sizes=((448, 256), (768, 480)),
             layers=28, hidden=3072, ffn=8192, heads=24, kv_heads=8, head_dim=128,
         ),
     )
@@ -153,25 +187,10 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     streams; `full_tokens` and `full_history_bytes` are those of everything, the last frame included. `flops` and
     `full_flops` are the whole take's.
     """
-    shape = SHAPES[request.model]
-    if request.chunk not in (None, 1):
-        raise LongtakeError(f"--chunk {request.chunk}: {shape.name} generates one latent frame at a time")
-    width, height = request.pixels(shape, 32)  # the size tokens count units of 32 pixels
-    asked = request.pixel_frames(shape.fps)
-    frames = shape.latent_frames(asked) if asked is not None else (request.chunks or 0) + 1
-    if frames < 2:
-        raise LongtakeError("1 frame is the given one: ask for at least 2, there must be something to generate")
-    steps = request.steps or shape.steps
-    model = CostModel(shape, width, height, steps)
-    tokens = model.frame_tokens
+    shape, model, frames = _take(request)
+    width, height, steps, tokens = model.width, model.height, model.steps, model.frame_tokens
     policy = request.policy or FullHistory()
-    layout = Layout(
-        tokens,
-        (height // shape.patch, width // shape.patch + 1),
-        tuple(i % tokens for i in shape.structural),
-        shape.text_tokens,
-    )
-    taken = list(walk(policy, layout, [1] * (frames - 1), given=1))
+    taken = _steps(request)
     keys = [step.seen + tokens for step in taken]
     full = [model.full_keys(step.frame) for step in taken]
     linear, attention = model.forward_flops(full[-1])
@@ -194,3 +213,62 @@ def plan(request: PlanRequest) -> dict[str, Any]:
             for step, k, f in zip(taken, keys, full, strict=True)
         ],
     }  # fmt: skip
+
+
+def anatomy(request: PlanRequest) -> Anatomy:
+    """What a session of this request is made of, a given image included."""
+    shape, model, frames = _take(request)
+    s, n = shape.itemsize, model.frame_tokens
+    # a session allows for a first image beside its chunks; text and image are anchors
+    sizes = shape.history(n, frames=None if request.endless else frames, anchor_tokens=shape.text_tokens + n,
+                          **request.held)  # fmt: skip
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    cells = code_cells(shape, model)
+    hidden = cells * shape.hidden * (s if shape.streams == 1 else 4)  # what codes were last drawn from
+    traffic = 2 * (shape.hidden + query) + 2 * (shape.hidden + kv) + 3 * (shape.hidden + shape.ffn) + 2 * query
+    return Anatomy(
+        sizes=sizes, batch_latents=8 * cells, weights={"transformer": s * shape.parameters},
+        text=8 * shape.text_tokens * shape.streams, decoder=None, decode=None,
+        forward=peaks.lumos_forward(n, shape.hidden, shape.ffn, s, query=query, kv=kv, beside=hidden),
+        draw=peaks.code_logits(cells, shape.visual_codes, shape.hidden, s) + hidden, pairs=shape.head_dim // 2,
+        pairing="half", flop_shape=shape.flop_shape,
+        streamed=s * (shape.linear_parameters + shape.hidden * shape.visual_codes),
+        token_traffic=s * shape.layers * traffic,
+        uncounted=("the video tokenizer, whose network is TorchScript: its weights, state and decode",),
+    )  # fmt: skip
+
+
+def code_cells(shape: LumosShape, model: CostModel) -> int:
+    """Codes of a frame."""
+    return (model.height // shape.patch) * (model.width // shape.patch)
+
+
+def forwards(request: PlanRequest) -> Iterator[Forward]:
+    """Every forward of the take; no pass has text to look at apart."""
+    shape, model, _ = _take(request)
+    for number, step in enumerate(_steps(request)):
+        keys = step.seen + model.frame_tokens
+        yield Forward(number, model.frame_tokens, keys, 0, (model.steps + 1) * shape.streams)
+
+
+def _take(request: PlanRequest) -> tuple[LumosShape, CostModel, int]:
+    """The model, its cost at the size asked for, and the latent frames of the take, the given one included."""
+    shape = request.shape or SHAPES[request.model]
+    assert isinstance(shape, LumosShape)
+    if request.chunk not in (None, 1):
+        raise LongtakeError(f"--chunk {request.chunk}: {shape.name} generates one latent frame at a time")
+    width, height = request.pixels(shape, 32)  # the size tokens count units of 32 pixels
+    asked = request.pixel_frames(shape.fps)
+    frames = shape.latent_frames(asked) if asked is not None else (request.chunks or 0) + 1
+    if frames < 2:
+        raise LongtakeError("1 frame is the given one: ask for at least 2, there must be something to generate")
+    return shape, CostModel(shape, width, height, request.steps or shape.steps), frames
+
+
+def _steps(request: PlanRequest) -> list[Step]:
+    """The frames that are generated, one by one."""
+    shape, model, frames = _take(request)
+    tokens = model.frame_tokens
+    grid = (model.height // shape.patch, model.width // shape.patch + 1)
+    layout = Layout(tokens, grid, tuple(i % tokens for i in shape.structural), shape.text_tokens)
+    return list(walk(request.policy or FullHistory(), layout, [1] * (frames - 1), given=1))

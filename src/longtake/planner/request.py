@@ -18,7 +18,10 @@ class ModelShape:
     width: int  # pixels, where the request names no size
     height: int
     fps: float
-    itemsize: int = 2  # bytes of one K or V element
+    frame_stride: int = 4  # pixel frames of a latent frame
+    itemsize: int = 2  # bytes of one K or V element, of an activation, and of most weights
+    own: str = "full"  # the policy it is run with if the user names none, as the command line has it
+    sizes: tuple[tuple[int, int], ...] = ()  # others it is asked for: width, height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,12 @@ class PlanRequest:
     frames: int | None = None
     seconds: float | None = None
     chunks: int | None = None
+    shape: ModelShape | None = None  # of a model that is not among the named ones
     policy: KVPolicy | None = None
+    residency: str = "resident"  # where the view lives: or "scratch"
+    head_bytes: int | None = None  # of one token's K, or V, of one head as the past is kept; None: as it is computed
+    decode: bool = True  # whether pixels are wanted
+    endless: bool = False  # the session is not told where the take ends
     chunk: int | None = None  # latent frames generated together
     steps: int | None = None  # denoising (or mask-decoding) forwards of a chunk
 
@@ -48,6 +56,11 @@ class PlanRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise LongtakeError(f"--{name} {value}: give at least 1")
+
+    @property
+    def held(self) -> dict[str, int]:
+        """What a `HistoryShape` is to know of how the past is kept."""
+        return {} if self.head_bytes is None else {"head_bytes": self.head_bytes}
 
     def pixel_frames(self, fps: float) -> int | None:
         """Pixel frames asked for by `frames` or `seconds`; None if the length is given in chunks."""

@@ -7,42 +7,43 @@ is done twice, for guidance.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..flops import Flops, FlopShape
+from ..flops import Flops
+from ..geometry import Geometry
 from ..plan import HistoryShape
 from ..policies import FullHistory, KVPolicy
-from .request import ModelShape, PlanRequest
+from .anatomy import Anatomy, Forward
+from .request import PlanRequest
 from .staggered import Tally, Walk
+from .wan_sizes import WanSizes
 
-TEXT_TOKENS = 512  # padded, and attended to
-STREAMS = 2
 FRAME_STRIDE = 4
+SOLVER_TENSORS = 3  # what UniPC remembers of a chunk: its last latents and two predictions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkyReelsShape(ModelShape):
+class SkyReelsShape(WanSizes):
     """Sizes of a SkyReels-V2 diffusion-forcing checkpoint and how it is run."""
 
-    layers: int
-    hidden: int
-    ffn: int
-    window: int = 25  # latent frames
+    window: int | None = 25  # latent frames; None: one history without an end
     overlap: int = 5
     chunk_frames: int = 5
     steps: int = 50
     lag: int = 5
-
-    @property
-    def flop_shape(self) -> FlopShape:
-        return FlopShape.of_wan(self.layers, self.hidden, self.ffn, 4 * 16)
+    streams: int = 2
+    commit: str = "clean"
 
     @property
     def token_bytes(self) -> int:
         """K and V of one token in all layers, one stream."""
         return 2 * self.layers * self.hidden * self.itemsize
+
+    def in_flight(self, chunks: int, steps: int) -> int:
+        """Most chunks in flight at once."""
+        return max(1, min(chunks, -(-steps // max(1, min(self.lag, steps)))))
 
 
 SHAPES = {
@@ -50,11 +51,11 @@ SHAPES = {
     for shape in (
         SkyReelsShape(
             name="skyreels-v2-1.3b", about="SkyReels-V2-DF-1.3B-540P", width=960, height=544, fps=24, layers=30,
-            hidden=1536, ffn=8960,
+            hidden=1536, ffn=8960, rates=True, sizes=((480, 272),),
         ),
         SkyReelsShape(
             name="skyreels-v2-14b", about="SkyReels-V2-DF-14B-540P", width=960, height=544, fps=24, layers=40,
-            hidden=5120, ffn=13_824,
+            hidden=5120, ffn=13_824, sizes=((480, 272),),
         ),
         SkyReelsShape(
             name="skyreels-v2-14b-720p", about="SkyReels-V2-DF-14B-720P", width=1280, height=720, fps=24, layers=40,
@@ -80,8 +81,8 @@ def windows(shape: SkyReelsShape, frames: int, chunk: int) -> list[Window]:
     """The windows of a take of `frames` latent frames."""
     result, made = [], 0
     while made < frames:
-        given = min(shape.overlap, made)
-        fresh = min(shape.window - given, frames - made)
+        given = 0 if shape.window is None else min(shape.overlap, made)
+        fresh = frames - made if shape.window is None else min(shape.window - given, frames - made)
         spans = (chunk,) * (fresh // chunk) + ((fresh % chunk,) if fresh % chunk else ())
         result.append(Window(given, spans))
         made += fresh
@@ -94,20 +95,30 @@ def count(
 ) -> Tally:  # fmt: skip
     """The forwards of `frames` latent frames, text K/V made once."""
     model = shape.flop_shape
-    tally = Tally({"text": model.text(TEXT_TOKENS) * STREAMS})
+    streams, text = shape.streams, shape.text_tokens
+    tally = Tally({"text": model.text(text) * streams})
+    chunks = 0  # of the windows before
     for window in windows(shape, frames, chunk):
-        flight = max(1, min(len(window.spans), -(-steps // shape.lag)))
         sizes = HistoryShape(
-            shape.layers, shape.hidden // 128, 128, shape.itemsize, per_frame, chunk, streams=STREAMS,
-            frames=min(shape.window, frames), live_chunks=flight,
+            shape.layers, shape.heads, shape.head_dim, shape.itemsize, per_frame, chunk, streams=streams,
+            frames=_most(shape, frames), live_chunks=shape.in_flight(len(window.spans), steps),
         )  # fmt: skip
         walk = Walk(policy, sizes, window.spans, steps, shape.lag, commit, window.given, skipped)
         for visit in walk.visits():
-            made = [model.forward(visit.tokens, visit.keys, TEXT_TOKENS)] * STREAMS
+            made = [model.forward(visit.tokens, visit.keys, text)] * streams
             kind = "given" if visit.step < 0 else "clean" if visit.step == steps else "steps"
             tally.add(kind, made, visit.reused)
+            if not visit.reused:
+                number = chunks + max(0, visit.chunk)
+                tally.forwards_made.append(Forward(number, visit.tokens, visit.keys, text, streams))
+        chunks += len(window.spans)
         tally.held = max(tally.held, walk.held)
     return tally
+
+
+def _most(shape: SkyReelsShape, frames: int) -> int:
+    """Most latent frames that one history ever holds."""
+    return frames if shape.window is None else min(shape.window, frames)
 
 
 def vanilla_flops(shape: SkyReelsShape, frames: int, per_frame: int, chunk: int, steps: int) -> Flops:
@@ -117,46 +128,79 @@ def vanilla_flops(shape: SkyReelsShape, frames: int, per_frame: int, chunk: int,
     for window in windows(shape, frames, chunk):
         spans = [*([window.given] if window.given else []), *window.spans]
         rows = steps + shape.lag * (len(window.spans) - 1)
-        call, keys = model.text(TEXT_TOKENS), 0
+        call, keys = model.text(shape.text_tokens), 0
         for span in spans:
             keys += span * per_frame
-            call += model.forward(span * per_frame, keys, TEXT_TOKENS)
-        total += call * (rows * STREAMS)
+            call += model.forward(span * per_frame, keys, shape.text_tokens)
+        total += call * (rows * shape.streams)
     return total
 
 
 def plan(request: PlanRequest) -> dict[str, Any]:
     """Costs of a text-to-video take. `pflops` is the sampler's under the policy; `paper_vanilla_pflops` is what
     FlowCache's table counts (see `vanilla_flops`); `rows` are that table's, from stated numbers of reused steps."""
-    shape = SHAPES[request.model]
-    assert isinstance(shape, SkyReelsShape)
-    width, height = request.pixels(shape, 16)
-    per_frame = width // 16 * (height // 16)
-    chunk, steps = request.chunk or shape.chunk_frames, request.steps or shape.steps
-    asked = request.pixel_frames(shape.fps)
-    frames = (request.chunks or 0) * chunk if asked is None else -(-(asked - 1) // FRAME_STRIDE) + 1
+    shape, geometry, frames = _take(request)
+    width, height, per_frame = geometry.width, geometry.height, geometry.tokens_per_frame
+    chunk, steps = geometry.chunk_frames, request.steps or shape.steps
     policy = request.policy or FullHistory()
-    ours = count(shape, frames, per_frame, policy, chunk=chunk, steps=steps)
+    ours = count(shape, frames, per_frame, policy, chunk=chunk, steps=steps, commit=shape.commit)
     vanilla = vanilla_flops(shape, frames, per_frame, chunk, steps)
     parts = windows(shape, frames, chunk)
     rows = sum(steps + shape.lag * (len(window.spans) - 1) for window in parts)
     return {
         "width": width, "height": height, "fps": shape.fps, "pixel_frames": FRAME_STRIDE * (frames - 1) + 1,
         "latent_frames": frames, "windows": len(parts), "chunks": sum(len(window.spans) for window in parts),
-        "chunk_frames": chunk, "steps": steps, "sampler_rows": rows, "streams": STREAMS, "policy": policy.name,
+        "chunk_frames": chunk, "steps": steps, "sampler_rows": rows, "streams": shape.streams, "policy": policy.name,
         "tokens_per_frame": per_frame, "token_bytes": shape.token_bytes,
-        "history_bytes": STREAMS * ours.held * shape.token_bytes,
+        "history_bytes": shape.streams * ours.held * shape.token_bytes,
         "pflops": ours.total.peta, "pflops_counts": (
-            f"{steps} steps of every chunk in {STREAMS} streams under {policy.name}, idle and finished chunks not "
+            f"{steps} steps of every chunk in {shape.streams} streams under {policy.name}, idle and finished chunks not "
             f"forwarded, given frames once a window, a clean pass of every chunk, text K/V once"
         ),
         "flops": ours.as_dict(),
         "paper_vanilla_pflops": vanilla.peta, "paper_vanilla_counts": (
-            f"block-causal, all blocks of a window in each of {rows} rows and {STREAMS} streams, idle, finished and "
+            f"block-causal, all blocks of a window in each of {rows} rows and {shape.streams} streams, idle, finished and "
             "given ones too, text K/V in every call"
         ),
         "rows": _rows(shape, frames, per_frame, chunk, steps),
     }  # fmt: skip
+
+
+def anatomy(request: PlanRequest) -> Anatomy:
+    """What a session of this request is made of."""
+    shape, geometry, frames = _take(request)
+    steps = request.steps or shape.steps
+    ends = None if request.endless else frames
+    lengths = [n for n in (shape.window, ends) if n is not None]
+    most = min(lengths) if lengths else None
+    chunks = steps if most is None else -(-most // geometry.chunk_frames)
+    flight = shape.in_flight(chunks, steps)
+    sizes = shape.history(geometry, most, live_chunks=flight, **request.held)
+    h, w = geometry.latent_size
+    frame = 4 * geometry.channels * h * w
+    latents = flight * geometry.chunk_frames * (1 + SOLVER_TENSORS) + (shape.overlap if shape.window else 0)
+    return shape.anatomy_of(geometry, sizes, latents=frame * latents, idle_rope=False, held_first=True)
+
+
+def forwards(request: PlanRequest) -> Iterator[Forward]:
+    """Every forward of the take."""
+    shape, geometry, frames = _take(request)
+    policy, steps = request.policy or FullHistory(), request.steps or shape.steps
+    made = count(
+        shape, frames, geometry.tokens_per_frame, policy, chunk=geometry.chunk_frames, steps=steps, commit=shape.commit
+    )
+    yield from made.forwards_made
+
+
+def _take(request: PlanRequest) -> tuple[SkyReelsShape, Geometry, int]:
+    """The model, its geometry, and the latent frames of the take."""
+    shape = request.shape or SHAPES[request.model]
+    assert isinstance(shape, SkyReelsShape)
+    width, height = request.pixels(shape, shape.unit())
+    geometry = shape.geometry(height, width, request.chunk)
+    asked = request.pixel_frames(shape.fps)
+    frames = (request.chunks or 0) * geometry.chunk_frames if asked is None else geometry.latent_frames(asked)
+    return shape, geometry, frames
 
 
 def _rows(shape: SkyReelsShape, frames: int, per_frame: int, chunk: int, steps: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from ..flops import Flops
 from ..plan import FULL, Block, BlockTable, Entry, Form, Fuse, HistoryShape, Plan, Signals
 from ..policies import KVPolicy, KVRange
+from .anatomy import Forward
 from .walk import drop_tokens, seen_tokens
 
 
@@ -26,6 +27,7 @@ class Tally:
     forwards: int = 0
     reused: int = 0
     held: int = 0  # most tokens held at once
+    forwards_made: list[Forward] = field(default_factory=list)  # one by one, in order
 
     def add(self, kind: str, made: Sequence[Flops], reused: bool = False) -> None:
         """Forwards of one kind, or forwards that are reused instead."""

@@ -15,35 +15,18 @@ from ..flops import Flops, FlopShape
 from ..geometry import Geometry
 from ..plan import HistoryShape
 from ..policies import FullHistory, KVPolicy, PackForcing
+from .anatomy import Anatomy, Forward
 from .request import ModelShape, PlanRequest
 from .walk import Layout, Step, walk
-
-TEXT_TOKENS = 512  # padded, and attended to
+from .wan_sizes import WanSizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanShape(ModelShape):
-    """Sizes of a causal Wan2.1 checkpoint and how it is run."""
+class WanShape(WanSizes):
+    """Sizes of a causal Wan2.1 checkpoint and how it is run; the clean pass that writes a chunk's K and V comes to its
+    `steps`."""
 
-    layers: int
-    hidden: int
-    ffn: int
-    parameters: float
-    chunk_frames: int = 3
-    steps: int = 4  # and the clean pass that writes a chunk's K and V
-
-    @property
-    def flop_shape(self) -> FlopShape:
-        return FlopShape.of_wan(self.layers, self.hidden, self.ffn, 4 * 16)
-
-    def history(self, geometry: Geometry, frames: int | None) -> HistoryShape:
-        """What a policy is told of a take; compressed blocks are those of PackForcing, 2 × 4 × 4 tokens in one."""
-        rows, columns = geometry.grid
-        small = max(1, geometry.chunk_frames // 2) * max(1, rows // 4) * max(1, columns // 4)
-        return HistoryShape(
-            self.layers, self.hidden // 128, 128, self.itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
-            frames=frames, compressed_tokens=small,
-        )  # fmt: skip
+    own: str = "window:frames=21,sink=3"
 
 
 SHAPES = {
@@ -51,11 +34,11 @@ SHAPES = {
     for shape in (
         WanShape(
             name="wan-1.3b", about="causal Wan2.1 T2V 1.3B", width=832, height=480, fps=16, layers=30, hidden=1536,
-            ffn=8960, parameters=1.419e9,
+            ffn=8960, sizes=((480, 272), (640, 352)),
         ),
         WanShape(
             name="wan-14b", about="causal Wan2.1 T2V 14B", width=832, height=480, fps=16, layers=40, hidden=5120,
-            ffn=13_824, parameters=14.29e9,
+            ffn=13_824, sizes=((480, 272), (1280, 720)),
         ),
     )
 }  # fmt: skip
@@ -68,27 +51,22 @@ def plan(request: PlanRequest) -> dict[str, Any]:
     `archive_bytes` all blocks of PackForcing's middle, those it sees among them, `held_bytes` everything held;
     `allocated_bytes` is what a session reserves for history (chunk in flight included) and for its view, on the device.
     """
-    shape = SHAPES[request.model]
-    width, height = request.pixels(shape, 16)
-    geometry = Geometry(height, width, 16, request.chunk or shape.chunk_frames, shape.fps)
-    asked = request.pixel_frames(shape.fps)
-    frames = (request.chunks or 0) * geometry.chunk_frames if asked is None else geometry.latent_frames(asked)
-    chunks = -(-frames // geometry.chunk_frames)
+    shape, geometry, chunks = _take(request)
     sizes = shape.history(geometry, chunks * geometry.chunk_frames)
     policy = (request.policy or FullHistory()).settle(sizes)
     policy.check(sizes)
-    steps = request.steps or shape.steps
+    width, height, steps = geometry.width, geometry.height, request.steps or shape.steps
     taken = list(_walk(policy, geometry, sizes, chunks))
     full = (chunks - 1) * geometry.chunk_frames * geometry.tokens_per_frame
     token, last = sizes.token_bytes, taken[-1]
     capacity, visible = policy.capacity(sizes), policy.visible(sizes)
     away, staged = policy.offloaded(sizes)
     model = shape.flop_shape
-    forward = model.forward(sizes.chunk_tokens, last.seen + sizes.chunk_tokens, TEXT_TOKENS)
+    forward = model.forward(sizes.chunk_tokens, last.seen + sizes.chunk_tokens, shape.text_tokens)
     total, whole = Flops(), Flops()
     for step in taken:
-        total += _chunk_flops(model, sizes, policy, step.seen, steps)
-        whole += _chunk_flops(model, sizes, FullHistory(), step.frame * geometry.tokens_per_frame, steps)
+        total += _chunk_flops(shape, model, sizes, policy, step.seen, steps)
+        whole += _chunk_flops(shape, model, sizes, FullHistory(), step.frame * geometry.tokens_per_frame, steps)
     pixels = geometry.pixel_frames(chunks * geometry.chunk_frames)
     return {
         "task": "text to video", "width": width, "height": height, "fps": shape.fps, "policy": policy.name,
@@ -102,12 +80,43 @@ def plan(request: PlanRequest) -> dict[str, Any]:
             "history": capacity * token, "fetched": staged * token, "resident_view": visible * token,
             "scratch_view": visible * token // shape.layers,
         },
-        "weight_bytes": round(shape.itemsize * shape.parameters),
+        "weight_bytes": shape.weights,
         "forward_flops": forward.as_dict(), "attention_share": forward.attention / forward.total,
         "flops": total.total, "full_flops": whole.total,
         "flops_per_second_in_real_time": total.total / pixels * shape.fps,
         "attended": [step.seen + sizes.chunk_tokens for step in taken],
     }  # fmt: skip
+
+
+def anatomy(request: PlanRequest) -> Anatomy:
+    """What a session of this request is made of."""
+    shape, geometry, chunks = _take(request)
+    # a session allows for a first image: one frame more than its chunks
+    ends = None if request.endless else chunks * geometry.chunk_frames + 1
+    sizes = shape.history(geometry, ends, **request.held)
+    return shape.anatomy_of(geometry, sizes, idle_rope=True, held_first=False)
+
+
+def forwards(request: PlanRequest) -> Iterator[Forward]:
+    """Every forward of the take."""
+    shape, geometry, chunks = _take(request)
+    sizes = shape.history(geometry, chunks * geometry.chunk_frames)
+    policy = (request.policy or FullHistory()).settle(sizes)
+    steps, text = request.steps or shape.steps, shape.text_tokens
+    for number, step in enumerate(_walk(policy, geometry, sizes, chunks)):
+        for tokens, count in _passes(sizes, policy, steps):
+            yield Forward(number, tokens, step.seen + tokens, text, count * sizes.streams)
+
+
+def _take(request: PlanRequest) -> tuple[WanShape, Geometry, int]:
+    """The model, its geometry, and how many chunks there are."""
+    shape = request.shape or SHAPES[request.model]
+    assert isinstance(shape, WanShape)
+    width, height = request.pixels(shape, shape.unit())
+    geometry = shape.geometry(height, width, request.chunk)
+    asked = request.pixel_frames(shape.fps)
+    frames = (request.chunks or 0) * geometry.chunk_frames if asked is None else geometry.latent_frames(asked)
+    return shape, geometry, -(-frames // geometry.chunk_frames)
 
 
 def _walk(policy: KVPolicy, geometry: Geometry, sizes: HistoryShape, chunks: int) -> Iterator[Step]:
@@ -135,9 +144,16 @@ def _archive(policy: KVPolicy, last: Step, sizes: HistoryShape) -> dict[str, int
     return {"archive_blocks": blocks, "archive_bytes": blocks * tokens * sizes.token_bytes}
 
 
-def _chunk_flops(model: FlopShape, sizes: HistoryShape, policy: KVPolicy, seen: int, steps: int) -> Flops:
-    """All forwards of one chunk, the clean pass and that of its compressed tokens included."""
-    made = model.forward(sizes.chunk_tokens, seen + sizes.chunk_tokens, TEXT_TOKENS) * (steps + 1)
-    if "compressed" in policy.requires:
-        made += model.forward(sizes.compressed_tokens, seen + sizes.compressed_tokens, TEXT_TOKENS)
-    return made
+def _passes(sizes: HistoryShape, policy: KVPolicy, steps: int) -> list[tuple[int, int]]:
+    """Tokens of a pass and how many passes of a chunk have them, the clean one and that of its compressed tokens
+    included."""
+    compressed = [(sizes.compressed_tokens, 1)] if "compressed" in policy.requires else []
+    return [(sizes.chunk_tokens, steps + 1), *compressed]
+
+
+def _chunk_flops(
+    shape: WanShape, model: FlopShape, sizes: HistoryShape, policy: KVPolicy, seen: int, steps: int
+) -> Flops:
+    """All forwards of one chunk."""
+    made = (model.forward(n, seen + n, shape.text_tokens) * count for n, count in _passes(sizes, policy, steps))
+    return sum(made, Flops()) * sizes.streams
