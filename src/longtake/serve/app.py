@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, WebSocket
@@ -23,6 +22,7 @@ from ..errors import LongtakeError
 from .access import Tokens, bearer
 from .errors import Refused
 from .guard import Guard
+from .interface import Sessions, Watcher
 from .metrics import CONTENT_TYPE
 from .naming import served_policies
 from .page import add_page
@@ -41,13 +41,10 @@ from .protocol import (
     SessionInfo,
     Steer,
 )
-from .service import Service
-from .stream import Viewer
 
 log = logging.getLogger("longtake.serve")
 
 _SWEEP = 60.0  # seconds
-_BLOCK = 1 << 18
 _CLOSE = {400: 4400, 401: 4401, 404: 4404, 426: 4426, 503: 4503}  # WebSocket codes
 
 
@@ -60,7 +57,7 @@ async def owner_of(request: Request) -> str:  # a coroutine: plain functions are
 Owner = Annotated[str, Depends(owner_of)]
 
 
-def build(service: Service, tokens: Tokens) -> FastAPI:
+def build(service: Sessions, tokens: Tokens) -> FastAPI:
     """The application. It closes the service when it ends."""
 
     @contextlib.asynccontextmanager
@@ -84,7 +81,7 @@ def build(service: Service, tokens: Tokens) -> FastAPI:
     return app
 
 
-def _sessions(app: FastAPI, service: Service) -> None:
+def _sessions(app: FastAPI, service: Sessions) -> None:
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer} for status in (401, 403, 404, 409, 413, 422, 429, 503, 507)
     }
@@ -107,11 +104,11 @@ def _sessions(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/sessions", **options)
     async def sessions(owner: Owner) -> list[SessionInfo]:
-        return service.list(owner)
+        return await service.infos(owner)
 
     @app.get("/v1/sessions/{name}", **options)
     async def session(owner: Owner, name: str) -> SessionInfo:
-        return service.find(owner, name).info()
+        return await service.info(owner, name)
 
     @app.delete("/v1/sessions/{name}", status_code=204, **options)
     async def delete(owner: Owner, name: str) -> None:
@@ -138,17 +135,12 @@ def _sessions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/sessions/{name}/recording", response_class=Response, **options)
     async def recording(owner: Owner, name: str) -> Response:
         """The recording so far, as an MP4 that plays."""
-        take = service.find(owner, name)
-        live = take.channel.recording
-        path = take.place.recording
-        if not path.exists() or (live is not None and not live.frames):
-            raise Refused(404, "no_recording", "nothing has been recorded: steer it with {type: record, on: true}")
-        size = path.stat().st_size if live is None else live.size
+        size, parts = await service.recording(owner, name)
         headers = {"content-length": str(size), "content-disposition": 'attachment; filename="take.mp4"'}
-        return StreamingResponse(_file(path, size), media_type="video/mp4", headers=headers)
+        return StreamingResponse(parts, media_type="video/mp4", headers=headers)
 
 
-def _operations(app: FastAPI, service: Service) -> None:
+def _operations(app: FastAPI, service: Sessions) -> None:
     @app.get("/healthz", include_in_schema=False)
     async def health() -> Response:
         return JSONResponse({"status": "ok"} if service.healthy else {"status": "a device's thread has ended"},
@@ -168,7 +160,7 @@ def _operations(app: FastAPI, service: Service) -> None:
         return {"version": VERSION}
 
 
-def _watching(app: FastAPI, service: Service, tokens: Tokens) -> None:
+def _watching(app: FastAPI, service: Sessions, tokens: Tokens) -> None:
     @app.get("/v1/sessions/{name}/mjpeg", response_class=Response)
     async def mjpeg(owner: Owner, name: str) -> Response:
         """The stream as JPEG pictures, for players that know nothing else."""
@@ -227,7 +219,7 @@ async def _hello(socket: WebSocket) -> Any:
         raise Refused(400, "malformed", f"not a hello: {_words(error.errors(include_input=False))}") from None
 
 
-async def _send(socket: WebSocket, viewer: Viewer) -> None:
+async def _send(socket: WebSocket, viewer: Watcher) -> None:
     while (item := await viewer.next()) is not None:
         if isinstance(item.payload, str):
             await socket.send_text(item.payload)
@@ -235,7 +227,7 @@ async def _send(socket: WebSocket, viewer: Viewer) -> None:
             await socket.send_bytes(item.payload)
 
 
-async def _obey(socket: WebSocket, viewer: Viewer, service: Service, name: str) -> None:
+async def _obey(socket: WebSocket, viewer: Watcher, service: Sessions, name: str) -> None:
     """Do what a viewer asks, one thing at a time."""
     while True:
         number: int | None = None
@@ -276,7 +268,7 @@ async def _close(socket: WebSocket, code: int) -> None:
             await socket.close(code)
 
 
-def _errors(app: FastAPI, service: Service) -> None:
+def _errors(app: FastAPI, service: Sessions) -> None:
     """Every failure as `{"error": {"code", "message", …}}`, and nothing of the inside in it."""
 
     def answer(status: int, problem: Problem, retry: float | None = None) -> JSONResponse:
@@ -326,14 +318,7 @@ def _options(kind: Any) -> dict[str, str]:
     return {f.name: str(f.default) for f in dataclasses.fields(kind) if f.init}
 
 
-def _file(path: Path, size: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while size > 0 and (block := file.read(min(_BLOCK, size))):
-            size -= len(block)
-            yield block
-
-
-async def _sweep(service: Service) -> None:
+async def _sweep(service: Sessions) -> None:
     while True:
         await asyncio.sleep(_SWEEP)
         try:

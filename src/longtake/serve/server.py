@@ -16,6 +16,7 @@ from ..hosts.base import Host
 from .access import Tokens
 from .admission import measure
 from .app import build
+from .interface import Sessions
 from .metrics import Metrics
 from .scheduler import Worker
 from .service import Service
@@ -44,7 +45,7 @@ def service_of(
 class Server(uvicorn.Server):
     """Uvicorn, whose first act at a signal is to say goodbye to the viewers: it waits for their connections."""
 
-    def __init__(self, service: Service, tokens: Tokens, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(self, service: Sessions, tokens: Tokens, host: str = "127.0.0.1", port: int = 8000) -> None:
         config = uvicorn.Config(
             build(service, tokens), host=host, port=port, log_config=None, access_log=False, lifespan="on",
             ws_max_size=_WS_MESSAGE, ws_per_message_deflate=False, ws_ping_interval=20, ws_ping_timeout=20,

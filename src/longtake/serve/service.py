@@ -10,8 +10,9 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import LongtakeError
@@ -34,6 +35,7 @@ log = logging.getLogger("longtake.serve")
 T = TypeVar("T")
 
 _MANIFEST = 1  # version of session.json
+_BLOCK = 1 << 18  # of a recording that is sent
 
 
 class Service:
@@ -113,7 +115,10 @@ class Service:
             raise Refused(404, "no_session", "there is no such session")
         return take
 
-    def list(self, owner: str) -> list[SessionInfo]:
+    async def info(self, owner: str, name: str) -> SessionInfo:
+        return self.find(owner, name).info()
+
+    async def infos(self, owner: str) -> list[SessionInfo]:
         return [take.info() for take in list(self.takes.values()) if take.owner == owner]
 
     async def steer(self, owner: str, name: str, action: Any) -> dict[str, Any]:
@@ -193,6 +198,18 @@ class Service:
 
         return await _wait(worker.call(split))
 
+    def recorded(self, owner: str, name: str) -> tuple[int, Path]:
+        """Bytes of a session's recording that are whole by now, and its file."""
+        take = self.find(owner, name)
+        live, path = take.channel.recording, take.place.recording
+        if not path.exists() or (live is not None and not live.frames):
+            raise Refused(404, "no_recording", "nothing has been recorded: steer it with {type: record, on: true}")
+        return path.stat().st_size if live is None else live.size, path
+
+    async def recording(self, owner: str, name: str) -> tuple[int, Iterator[bytes]]:
+        size, path = self.recorded(owner, name)
+        return size, _blocks(path, size)
+
     # --- watching ---------------------------------------------------------------------------------------------------
 
     async def watch(self, owner: str, name: str, kind: str) -> tuple[Take, Viewer]:
@@ -222,6 +239,12 @@ class Service:
     def healthy(self) -> bool:
         return all(worker.alive for worker in self.workers)
 
+    def resume(self) -> None:
+        """Let the sessions that were running when their process was killed go on, without waiting to be asked."""
+        for take in list(self.takes.values()):
+            if take.wanted == "running" and take.place.manifest.get("awake", True):
+                self._worker_of(take).call(lambda t=take: self._go_on(t))  # type: ignore[misc]
+
     def drain(self) -> None:
         """Say goodbye to every viewer, and take nothing new; safe in a signal handler's thread."""
         self.closing = True
@@ -249,6 +272,12 @@ class Service:
                 worker.call(lambda t=take: self._expire(t)).result()  # type: ignore[misc]
 
     # --- within -----------------------------------------------------------------------------------------------------
+
+    def _go_on(self, take: Take) -> None:
+        try:
+            self._worker_of(take).wake(take)
+        except LongtakeError as error:
+            log.warning("session stays on disk: %s", error, extra=take.log_extra)
 
     def _home(self, owner: str, name: str) -> tuple[Take, Worker]:
         take = self.find(owner, name)
@@ -363,6 +392,13 @@ class Service:
         yield "longtake_viewers", "Viewers", "", {"": float(sum(t.channel.viewers for t in takes))}
         drops = {"": float(sum(t.channel.drops for t in takes))}
         yield "longtake_dropped_fragments", "Fragments slow viewers missed", "", drops
+
+
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(_BLOCK, size))):
+            size -= len(block)
+            yield block
 
 
 async def _wait(future: Any) -> Any:

@@ -108,6 +108,11 @@ class Viewer:
             self.closed = True
         self._wake()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `next` would answer at once."""
+        return bool(self._items)
+
     async def next(self) -> Item | None:
         """The next item; None at the end."""
         while True:
