@@ -12,19 +12,27 @@ from typer.testing import CliRunner
 
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow
 from longtake.cli import app
-from longtake.evaluate import bench_take
-from longtake.evaluate.bench_report import TakeReport
+from longtake.commands.bench import bench
+from longtake.evaluate import bench_suite, bench_take, provenance, roofline
+from longtake.evaluate.bench_report import Missing, Reached
 from longtake.evaluate.bench_take import SHAPES, BareForwards, run
 from longtake.evaluate.measure import CountOperations, Figure, bootstrap, live_tensor_bytes, ratios, rss_bytes
 from longtake.evaluate.provenance import CpuTimes, others_busy, refuse_if_busy, write_atomically
+from longtake.evaluate.take_report import TakeReport
 from longtake.samplers.chunked import CLEAN_TIMESTEP
 
 from .tiny import text, tiny_wan
 
 
+def hurry(patch) -> None:
+    patch.setattr(bench_take, "CODEC_RUNS", 2)
+    patch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
+    patch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(bench_take, "CODEC_RUNS", 2)
+    hurry(monkeypatch)
 
 
 def idle(*_: object) -> float:
@@ -164,7 +172,7 @@ def test_another_process_at_work_is_seen():
 
 
 def test_busy_machine_is_refused_with_advice_unless_forced(monkeypatch):
-    monkeypatch.setattr(bench_take, "others_busy", lambda: 0.4)
+    monkeypatch.setattr(provenance, "others_busy", lambda: 0.4)
     with pytest.raises(LongtakeError, match=r"use 40% of this machine.*15%.*--force"):
         run("cpu-micro", chunks=9, pairs=2)
     refuse_if_busy(0.4, force=True)
@@ -178,8 +186,8 @@ def test_busy_machine_is_refused_with_advice_unless_forced(monkeypatch):
 @pytest.fixture(scope="module")
 def report() -> TakeReport:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_take, "others_busy", lambda: 0.4)
-        patch.setattr(bench_take, "CODEC_RUNS", 2)
+        hurry(patch)
+        patch.setattr(provenance, "others_busy", lambda: 0.4)
         return run("cpu-micro", chunks=13, pairs=3, repeats=1, threads=1, force=True, command="longtake bench take")
 
 
@@ -193,7 +201,20 @@ def test_run_answers_everything_with_count_median_and_interval(report):
     assert 0 < report.figure("outside forwards, resident view").median < 1
     assert report.forced and report.others_busy["before"] == 0.4
     assert report.provenance["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert [row["shape"] for row in report.missing] == ["gpu-wan-1.3b"]
+    assert report.missing == [Missing("gpu-wan-1.3b", "needs a cuda device, this run was on cpu")]
+
+
+def test_chunks_are_held_against_the_ceilings_of_this_machine(report):
+    dtype = report.settings["dtype"]
+    assert report.ceilings.gemm_tflops[dtype] > 0 and report.ceilings.copy_gbs > 0
+    bare, chunk = report.reached
+    # two steps and the commit of 12 tokens that see 36, by hand: 4 matrices of self-attention, 2 of cross-attention, 2
+    # of the MLP, embedding and head; logits and values of self-attention, and of cross-attention to 4 words
+    linear = 2 * 12 * (2 * (6 * 24 * 24 + 2 * 24 * 48) + 24 * 32)
+    flops = 3 * (linear + 2 * 4 * 12 * 24 * (36 + 4))
+    assert bare.rate == pytest.approx(1e-9 * flops / report.figure("bare forwards").median, rel=1e-4)
+    assert bare.share == pytest.approx(bare.rate / report.ceilings.gemm_tflops[dtype], rel=1e-4)
+    assert chunk.what == "a chunk, resident view" and chunk.resource == dtype
 
 
 def test_windowed_take_holds_and_does_the_same_early_and_late(report):
@@ -238,6 +259,47 @@ def test_report_survives_its_file(report, tmp_path):
     data.write_text(json.dumps({**report.as_dict(), "schema": 0}))
     with pytest.raises(LongtakeError, match="schema 0"):
         TakeReport.read(data)
+    data.write_text(json.dumps({**report.as_dict(), "benchmark": "golf"}))
+    with pytest.raises(LongtakeError, match="'golf' is not one of roofline, take"):
+        bench_suite.read(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("figures", 0, "median"), "quick", r"figures\[0\].median is 'quick', not float"),
+        (("figures", 0, "ci95"), [1.0], r"figures\[0\].ci95 is .*not a list of 2"),
+        (("others_busy", "during"), True, "others_busy.during is 'True', not float"),
+        (("curves", "window", "attended", 1), 1.5, r"curves.window.attended\[1\] is '1.5', not int"),
+        (("targets", 0, "met"), "yes", r"targets\[0\].met is 'yes', not bool"),
+        (("ceilings",), {"copy_gbs": 1.0}, "ceilings: 'gemm_tflops' is missing"),
+        (("colour",), "blue", "nothing here is named 'colour'"),
+        (("command",), None, "command is 'None', not a text"),
+    ],
+)
+def test_a_file_that_is_not_as_the_schema_says_is_refused_with_its_place(report, path, value, message):
+    data = json.loads(json.dumps(report.as_dict()))
+    at = data
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    with pytest.raises(LongtakeError, match=message):
+        TakeReport.of(data)
+
+
+def test_a_missing_field_is_named(report):
+    data = report.as_dict()
+    del data["provenance"]
+    with pytest.raises(LongtakeError, match="'provenance' is missing"):
+        TakeReport.of(data)
+
+
+def test_what_was_not_measured_has_no_share(report):
+    alone = TakeReport.of({**report.as_dict(), "ceilings": None})
+    alone.reached.clear()
+    alone.reach("a chunk", "float32", 0.1)
+    assert alone.reached == [Reached("a chunk", "float32", 0.1, None)]
+    assert "its ceiling is not known" in alone.text() and "not known" in alone.markdown()
 
 
 def test_missing_figure_keeps_its_reason():
@@ -269,7 +331,7 @@ def test_failed_write_leaves_nothing(tmp_path):
     ],
 )
 def test_wrong_settings_are_said_before_any_work(monkeypatch, options, message):
-    monkeypatch.setattr(bench_take, "others_busy", lambda: pytest.fail("work began"))
+    monkeypatch.setattr(provenance, "others_busy", lambda: pytest.fail("work began"))
     with pytest.raises(LongtakeError, match=message):
         run(**{"shape": "cpu-micro", **options})
 
@@ -282,7 +344,7 @@ def test_gpu_shape_without_a_gpu_is_one_clear_line():
 
 
 def test_command_writes_both_files_and_answers_in_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_take, "others_busy", idle)
+    monkeypatch.setattr(provenance, "others_busy", idle)
     options = ["--shape", "cpu-micro", "--chunks", "8", "--pairs", "2", "--threads", "1", "--json"]
     result = CliRunner().invoke(app, ["bench", "take", *options, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -301,7 +363,63 @@ def test_named_shapes_are_valid_takes():
         assert (shape.window - shape.sink) % shape.chunk_frames == 0
 
 
-def test_readme_states_what_the_committed_report_found():
-    root = Path(__file__).parent.parent
-    table = TakeReport.read(root / "benchmarks" / "take-cpu.json").markdown()
-    assert table in (root / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+COMMITTED = sorted((ROOT / "benchmarks").glob("*.json"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_reports_are_as_the_schema_says_and_say_how_they_were_made(path):
+    if "benchmark" not in json.loads(path.read_text()):
+        pytest.skip("no report of the suite")
+    report = bench_suite.read(path)
+    assert report.as_dict() == json.loads(path.read_text())
+    assert report.command.startswith("longtake bench ") and report.provenance["git"]["commit"]
+    assert not report.busy and not report.provenance["git"]["dirty"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_state_what_the_committed_reports_found(path):
+    text = path.read_text(encoding="utf-8")
+    if "<!-- bench:" in text:
+        assert bench_suite.fill(text, ROOT / "benchmarks") == text, "run: longtake bench table --into " + path.name
+
+
+def test_tables_are_filled_by_name_and_a_report_that_is_not_there_is_said(report, tmp_path):
+    report.write(tmp_path, "take-cpu")
+    document = tmp_path / "doc.md"
+    document.write_text("a\n<!-- bench:take -->\nold\n<!-- /bench:take -->\nb\n")
+    result = CliRunner().invoke(app, ["bench", "table", "--into", str(document), "--from", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert document.read_text() == f"a\n<!-- bench:take -->\n{report.markdown()}\n<!-- /bench:take -->\nb\n"
+    assert "| gpu-wan-1.3b | | missing: needs a cuda device" in document.read_text()
+    document.write_text("<!-- bench:golf -->\n<!-- /bench:golf -->\n")
+    result = CliRunner().invoke(app, ["bench", "table", "--into", str(document), "--from", str(tmp_path)])
+    assert result.exit_code == 2 and "no golf.json or golf-cpu.json" in result.output
+    document.write_text("nothing")
+    result = CliRunner().invoke(app, ["bench", "table", "--into", str(document), "--from", str(tmp_path)])
+    assert result.exit_code == 2 and "has no <!-- bench:NAME -->" in result.output
+
+
+def test_without_a_name_the_suite_is_listed_with_what_each_measures_and_takes():
+    result = CliRunner().invoke(app, ["bench"])
+    assert result.exit_code == 0
+    for entry in bench_suite.SUITE.values():
+        assert entry.name in result.stdout and entry.measures in result.stdout and entry.shapes[0] in result.stdout
+    own = {command.name for command in bench.registered_commands}
+    assert own >= bench_suite.SUITE.keys()
+
+
+def test_ceilings_are_the_best_that_was_seen(tmp_path):
+    command = ["bench", "roofline", "--shape", "micro", "--force", "--out", str(tmp_path), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "roofline-cpu.json").read_text())
+    assert found["gemm_tflops"].keys() == {"float32", "bfloat16"} and found["copy_gbs"] > 0
+    assert found["ceilings"] == {"gemm_tflops": found["gemm_tflops"], "copy_gbs": found["copy_gbs"]}
+    for dtype, best in found["gemm_tflops"].items():
+        rates = [x for f in found["figures"] if f["name"].startswith(dtype) for x in f["values"]]
+        assert best == max(rates) > 0
+    assert found["copy_gbs"] == max(found["figures"][-1]["values"])
+    again = bench_suite.read(tmp_path / "roofline-cpu.json")
+    assert f"| copies, read and written | {found['copy_gbs']:.3g} GB/s |" in again.markdown()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from longtake import FullHistory, LastFrames, LongtakeError, PackCache, Session
 from longtake.cli import app
-from longtake.evaluate import bench_packcache
+from longtake.evaluate import bench_suite, provenance, roofline
 from longtake.evaluate.authors_like import AuthorsLike
 from longtake.evaluate.bench_packcache import GUIDANCE, run
 from longtake.evaluate.lumos_shapes import SHAPES
@@ -22,7 +22,9 @@ MICRO = SHAPES["lumos-micro"]
 
 @pytest.fixture(autouse=True)
 def idle(monkeypatch):
-    monkeypatch.setattr(bench_packcache, "others_busy", lambda: 0.0)
+    monkeypatch.setattr(provenance, "others_busy", lambda: 0.0)
+    monkeypatch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
+    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +111,15 @@ def test_targets_tell_growth_from_flatness():
     report.arms["mask-free"].seconds = [1.0 + 0.1 * i for i in range(8)]
     report.arms["authors-like"].seconds = [1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0]
     report.others_busy["during"] = 0.0
-    met = {t.name.split(":")[0]: t.met for t in report.targets()[1:] if "bytes" not in t.name}
+    report.judge()
+    met = {t.name.split(":")[0]: t.met for t in report.targets[1:] if "bytes" not in t.name}
     assert met == {"packcache": True, "mask-free": True, "authors-like": False}
     report.arms["packcache"].seconds = [1.0 + 0.1 * i for i in range(8)]
-    assert {t.met for t in report.targets() if "last / first" in t.name} == {False}
+    report.judge()
+    assert {t.met for t in report.targets if "last / first" in t.name} == {False}
     report.others_busy["during"] = 0.5
-    assert {t.met for t in report.targets()[1:]} == {None}
+    report.judge()
+    assert {t.met for t in report.targets[1:]} == {None}
 
 
 def test_the_command_writes_json_and_picture(tmp_path):
@@ -126,6 +131,8 @@ def test_the_command_writes_json_and_picture(tmp_path):
         "packcache",
         "mask-free",
     ]
+    again = bench_suite.read(tmp_path / "packcache-cpu.json")
+    assert again.as_dict() == data and again.markdown().count("| mask-free |") == 3  # two lengths, one arm
     assert "mask-free" in result.stdout and (tmp_path / "packcache-cpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -148,6 +155,6 @@ def test_wrong_requests_say_what_would_do(options, message):
 
 
 def test_a_busy_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(bench_packcache, "others_busy", lambda: 0.9)
+    monkeypatch.setattr(provenance, "others_busy", lambda: 0.9)
     with pytest.raises(LongtakeError, match="other processes use 90%"):
         run("lumos-micro", frames=(5,), policy=PackCache())

@@ -7,9 +7,18 @@ from typer.testing import CliRunner
 
 from longtake import LongtakeError, PackForcing
 from longtake.cli import app
+from longtake.evaluate import bench_suite, roofline
 from longtake.evaluate.bench_packforcing import run
 
 POLICY = PackForcing(sink=1, top_k=2, archive=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
+        patch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
+        yield
 
 
 @pytest.fixture(scope="module", params=["scratch", "resident"])
@@ -40,7 +49,8 @@ def test_both_scores_agree_and_every_part_has_a_share(report):
         assert 0 < names[f"{part} / chunk"].median < 1
     assert "re-positioning (view less a plain copy) / chunk" in names
     assert names["frames a second"].median > 0 and report.counts["sustained_frames_per_second"] > 0
-    assert [row["shape"] for row in report.missing] == ["gpu-wan-1.3b"]
+    assert [row.what for row in report.missing] == ["gpu-wan-1.3b"]
+    assert [r.resource for r in report.reached] == ["float32", "copy", "copy"]
 
 
 def test_the_command_writes_its_figures(tmp_path):
@@ -50,6 +60,8 @@ def test_the_command_writes_its_figures(tmp_path):
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "packforcing-cpu.json").read_text())
     assert written["benchmark"] == "packforcing" and written["settings"]["policy"]["top_k"] == 2
+    again = bench_suite.read(tmp_path / "packforcing-cpu.json")
+    assert again.as_dict() == written and "| window of the same bytes |" in again.markdown()
     assert (tmp_path / "packforcing-cpu.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -679,7 +679,7 @@ def test_usage_errors_are_one_line_and_code_2_too():
 
 
 def test_a_group_without_a_command_shows_its_help():
-    for arguments, word in (((), "generate"), (("bench",), "table"), (("train",), "tiny-wan")):
+    for arguments, word in (((), "generate"), (("analyze",), "decay"), (("train",), "tiny-wan")):
         result = run(*arguments)
         assert result.exit_code == 2 and "Usage" in result.output and word in result.output
     for command in ("generate", "train"):

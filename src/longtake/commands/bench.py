@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import Option
+from typer.core import TyperGroup
 
 from ..errors import LongtakeError
 from . import shell
@@ -25,7 +26,25 @@ Threads = Annotated[int | None, Option(help="CPU threads; default torch's choice
 WanShape = Annotated[str, Option(help="cpu-small, gpu-wan-1.3b, or cpu-micro to try it.")]
 FOLDER = Path("benchmarks")
 
-bench = typer.Typer(cls=Commands, help="Measure, with provenance: figures as JSON and PNG.")
+
+
+class Suite(Commands):
+    """A group that answers with what it has when nothing is asked of it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return TyperGroup.parse_args(self, ctx, args)
+
+
+bench = typer.Typer(cls=Suite, invoke_without_command=True, help="Measure, with provenance: figures as JSON and PNG.")
+
+
+@bench.callback()
+def suite(ctx: typer.Context) -> None:
+    """Measure, with provenance: figures as JSON and PNG. Without a name: the suite, and how long each takes."""
+    if ctx.invoked_subcommand is None:
+        from ..evaluate.bench_suite import listing
+
+        typer.echo(listing())
 
 
 @bench.command("take")
@@ -112,6 +131,31 @@ def packforcing(
     )  # fmt: skip
 
 
+@bench.command("flowcache")
+@shell.guarded
+def flowcache(
+    shape: Annotated[str, Option(help="cpu-sky, gpu-skyreels-1.3b, or cpu-micro to try it.")] = "cpu-sky",
+    model: Annotated[
+        str, Option(help="A SkyReels-V2 model of the world of lanes, to judge takes by; none: the shape alone.")
+    ] = "tiny-skyreels",
+    rounds: Annotated[int, Option(help="Takes of every arm that are timed; 0 times nothing.")] = 5,
+    seeds: Annotated[int, Option(help="Seeds whose takes are judged; 0 judges nothing.")] = 16,
+    out: Out = FOLDER, force: Force = False, as_json: AsJson = False, device: Device = None, dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:  # fmt: skip
+    """What reuse and a compressed past save on diffusion forcing, against diffusers' own pipeline and no reuse; and
+    what they change in takes from the same noise."""
+    shell.check_folder(out)
+
+    from ..evaluate.bench_flowcache import run
+
+    _measure(
+        run, "flowcache", out, as_json,
+        shape=shape, model=None if model == "none" else model, rounds=rounds, seeds=seeds, device=device, dtype=dtype,
+        threads=threads, force=force,
+    )  # fmt: skip
+
+
 @bench.command("flowcache-kv")
 @shell.guarded
 def flowcache_kv(
@@ -133,25 +177,116 @@ def flowcache_kv(
     )  # fmt: skip
 
 
+@bench.command("gpu")
+@shell.guarded
+def gpu(
+    shape: Annotated[str, Option(help="published, or micro to try it on any machine.")] = "published",
+    minutes: Annotated[float, Option(help="For everything; what is not reached is said to be missing.")] = 10.0,
+    out: Out = FOLDER, force: Force = False, as_json: AsJson = False,
+    device: Annotated[str | None, Option(help="cpu or cuda; default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default bfloat16 on a GPU.")] = None,
+    threads: Threads = None,
+) -> None:  # fmt: skip
+    """What Lumos-1 3B, Wan 1.3B, SkyReels-V2 1.3B and MAGI-1 4.5B take on one GPU, with random weights: every distinct
+    forward, takes summed from them, whole chunks; kernels, CUDA graphs, and the error of quantised history."""
+    shell.check_folder(out)
+
+    from ..evaluate.gpu.bench import run
+
+    _measure(
+        run, "gpu", out, as_json,
+        shape=shape, minutes=minutes, device=device, dtype=dtype, threads=threads, force=force,
+    )  # fmt: skip
+
+
+@bench.command("roofline")
+@shell.guarded
+def roofline(
+    shape: Annotated[str, Option(help="default, or micro to try it.")] = "default",
+    out: Out = FOLDER, force: Force = False, as_json: AsJson = False,
+    device: Annotated[str | None, Option(help="cpu or cuda; default a GPU if there is one.")] = None,
+    dtype: Annotated[
+        list[str] | None, Option(help="Of the products; may be repeated.", show_default="float32 and bfloat16")
+    ] = None,
+    threads: Threads = None,
+) -> None:  # fmt: skip
+    """This machine's ceilings: TFLOP/s of matrix products by dtype, and GB/s of copies."""
+    shell.check_folder(out)
+
+    from ..evaluate.bench_roofline import run
+
+    _measure(
+        run, "roofline", out, as_json,
+        shape=shape, dtypes=dtype or ("float32", "bfloat16"), device=device, threads=threads, force=force,
+    )  # fmt: skip
+
+
+@bench.command("peers")
+@shell.guarded
+def peers(
+    shape: WanShape = "cpu-small",
+    peer: Annotated[
+        list[str] | None,
+        Option(
+            help="growing, shifted, anyflow, anyflow-sdpa, skyreels or scoring; may be repeated.", show_default="all"
+        ),
+    ] = None,
+    match: Annotated[str, Option(help="What is made equal: tokens or bytes.")] = "tokens",
+    policy: Annotated[
+        str | None,
+        Option("--policy", "-p", help="What is fitted to the peer's bytes.", show_default="the shape's window"),
+    ] = None,
+    chunks: Annotated[int, Option(help="Length of the takes.")] = 20,
+    repeats: Annotated[int, Option(help="How often both sides run, in turn.")] = 5,
+    out: Out = FOLDER, force: Force = False, as_json: AsJson = False, device: Device = None, dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:  # fmt: skip
+    """Ours beside other people's caches, in one process, in turn: torch.cat, a shifted window, diffusers' AnyFlow-FAR
+    and asynchronous SkyReels-V2, whole-matrix scores."""
+    shell.check_folder(out)
+
+    from ..evaluate.bench_peers import run
+    from ..policies import parse
+
+    name = "peers" if match == "tokens" else f"peers-{match}"
+    _measure(
+        run, name, out, as_json,
+        shape=shape, peers=peer, match=match, policy=None if policy is None else parse(policy), chunks=chunks,
+        repeats=repeats, device=device, dtype=dtype, threads=threads, force=force,
+    )  # fmt: skip
+
+
 @bench.command("table")
 @shell.guarded
 def table(
-    report: Annotated[Path, typer.Argument(help="A JSON that `bench take` wrote.")] = FOLDER / "take-cpu.json",
-    into: Annotated[Path | None, Option(help="A document to fill between its marks, e.g. README.md.")] = None,
+    report: Annotated[
+        list[Path] | None, typer.Argument(help="JSON files that benchmarks wrote.", show_default="all of --from")
+    ] = None,
+    into: Annotated[
+        list[Path] | None,
+        Option(help="A document whose blocks <!-- bench:NAME --> are filled, e.g. README.md; may be repeated."),
+    ] = None,
+    folder: Annotated[Path, Option("--from", metavar="DIR", help="Folder of the reports.")] = FOLDER,
 ) -> None:
-    """The figures of a benchmark as a Markdown table: printed, or filled into a document."""
-    from ..evaluate.bench_report import TakeReport, fill
+    """The figures of benchmarks as Markdown tables: printed, or filled into documents."""
+    from ..evaluate import bench_suite
     from ..evaluate.provenance import write_atomically
 
-    text = TakeReport.read(report).markdown()
+    given = {path.stem: bench_suite.read(path) for path in report or ()}
     if into is None:
-        typer.echo(text)
+        found = given or {path.stem: bench_suite.read(path) for path in sorted(folder.glob("*.json"))}
+        if not found:
+            raise LongtakeError(f"{folder} holds no report: give --from DIR, or a benchmark's JSON")
+        typer.echo("\n\n".join(one.markdown() for one in found.values()))
         return
-    try:
-        document = into.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LongtakeError(f"{into} cannot be read: {error}") from error
-    write_atomically(into, fill(document, text).encode())
+    named = given | {one.kind: one for one in given.values()}
+    for path in into:
+        try:
+            document = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LongtakeError(f"{path} cannot be read: {error}") from error
+        write_atomically(path, bench_suite.fill(document, folder, named).encode())
+    shell.say_written(into)
 
 
 def _measure(run: Callable[..., Any], name: str, out: Path, as_json: bool, **asked: Any) -> None:

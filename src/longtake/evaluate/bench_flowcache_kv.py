@@ -8,13 +8,12 @@ inputs, and how many survivors the two have in common.
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import LongtakeError
 from ..policies import FlowCacheKV
-from .machine import Clock, check_threads, cpu_threads, named, place, precision
+from .bench_report import Report, Target, table
+from .bench_stage import Progress, Stage, staged
+from .machine import named, place
 from .measure import Figure, ratios
-from .provenance import others_busy, provenance, refuse_if_busy, write_atomically
 
-SCHEMA = 1
 LIMIT = 10**9  # bytes of transient memory held to
 
 
@@ -101,75 +100,59 @@ def explicit_score(q: Tensor, k: Tensor, mix: float, pool: int) -> Tensor:
     return torch.stack(scores, 1)
 
 
-@dataclass(frozen=True)
-class CompressionReport:
+@dataclass(kw_only=True)
+class CompressionReport(Report):
     """What a benchmark run found."""
 
-    settings: dict[str, Any]
-    figures: tuple[Figure, ...]
-    transient: dict[str, int]  # bytes beyond the inputs, by method
-    common: float  # share of survivors that both keep
-    provenance: dict[str, Any]
+    kind: ClassVar[str] = "flowcache-kv"
 
-    def checks(self) -> dict[str, bool]:
-        factor = next(f for f in self.figures if f.name == "explicit / streamed")
-        return {
-            f"streamed: less than {LIMIT / 1e9:g} GB above the inputs": self.transient["streamed"] < LIMIT,
-            "streamed is faster": factor.ci95 is not None and factor.ci95[0] > 1,
-        }
+    transient_bytes: dict[str, int]  # beyond the inputs, by method
+    common_survivors: float  # share that both methods keep
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA, "benchmark": "flowcache-kv", "settings": self.settings,
-            "figures": [figure.as_dict() for figure in self.figures], "transient_bytes": self.transient,
-            "common_survivors": self.common, "checks": self.checks(), "provenance": self.provenance,
-        }  # fmt: skip
+    def judge(self) -> None:
+        factor = self.figure("explicit / streamed")
+        assert factor.ci95 is not None
+        low, high = factor.ci95
+        streamed = self.transient_bytes["streamed"]
+        self.targets = [
+            Target("streamed: bytes above the inputs", f"< {LIMIT / 1e9:g} GB", _gb(streamed), streamed < LIMIT),
+            Target("explicit / streamed", "interval above 1", f"[{low:.3g}, {high:.3g}]", low > 1),
+        ]
 
-    def text(self) -> str:
-        told = self.settings
-        lines = [f"{told['about']}: {told['keys']} keys, {told['queries']} queries, one layer"]
-        for figure in self.figures:
-            assert figure.median is not None and figure.ci95 is not None
-            low, high = figure.ci95
-            lines.append(f"  {figure.name}: {figure.median:.4g} [{low:.4g}, {high:.4g}] {figure.unit}")
-        lines += [f"  {name}: {size / 1e9:.3f} GB above the inputs" for name, size in self.transient.items()]
-        lines.append(f"  survivors in common: {self.common:.4%}")
-        lines += [f"  {'met' if met else 'NOT MET'}  {name}" for name, met in self.checks().items()]
-        return "\n".join(lines)
+    def own_lines(self) -> list[str]:
+        return [
+            *(f"{name}: {_gb(size)} above the inputs" for name, size in self.transient_bytes.items()),
+            f"survivors in common: {self.common_survivors:.4%}",
+        ]
 
-    def write(self, folder: Path, stem: str = "flowcache-kv") -> list[Path]:
-        """`stem`.json in `folder`. Raises LongtakeError if it cannot be written."""
-        path = folder / f"{stem}.json"
-        write_atomically(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
-        return [path]
+    def own_tables(self) -> list[str]:
+        rows = [(name, _gb(size)) for name, size in self.transient_bytes.items()]
+        return [table(("method", "bytes above the inputs"), rows)]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f} GB"
 
 
 def run(
     shape: str = "magi-4.5b", *, pairs: int = 5, device: str | None = None, dtype: str | None = None,
-    threads: int | None = None, force: bool = False, command: str = "",
-    progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
+    threads: int | None = None, force: bool = False, command: str = "", progress: Progress | None = None,
 ) -> CompressionReport:  # fmt: skip
     """Measure; raises LongtakeError for unknown names, a busy machine or too little memory."""
     size = named(shape, SHAPES)
     if pairs < 1:
         raise LongtakeError(f"{pairs} pairs: give at least 1")
     where = place(device or ("cuda" if torch.cuda.is_available() else "cpu"), shape, f"{shape} --device cpu")
-    kind = precision(dtype or "bfloat16")
-    check_threads(threads)
-    busy = others_busy()
-    refuse_if_busy(busy, force)
-    with cpu_threads(threads):
-        return _measured(size, shape, pairs, where, kind, busy, force, command, progress)
+    options: dict[str, Any] = {"threads": threads, "force": force, "command": command, "progress": progress}
+    with staged(where, dtype or "bfloat16", **options, ceilings=("float32",)) as stage:
+        return _measured(size, shape, pairs, stage)
 
 
-@torch.no_grad()
-def _measured(
-    size: LayerShape, name: str, pairs: int, device: torch.device, dtype: torch.dtype, busy: float | None, force: bool,
-    command: str, progress: Callable[[str, int, int], None],
-) -> CompressionReport:  # fmt: skip
+def _measured(size: LayerShape, name: str, pairs: int, stage: Stage) -> CompressionReport:
+    device, progress, clock = stage.device, stage.progress, stage.clock
     noise = torch.Generator().manual_seed(0)
     keys = size.chunks * size.chunk_tokens
-    draw = lambda n, heads: torch.randn(1, n, heads, size.head_dim, generator=noise).to(device, dtype)
+    draw = lambda n, heads: torch.randn(1, n, heads, size.head_dim, generator=noise).to(device, stage.dtype)
     q, k = draw(size.chunk_tokens, size.heads), draw(keys, size.kv_heads)
     policy = FlowCacheKV(frame_tokens=size.frame_tokens, chunk_tokens=size.chunk_tokens)
     methods: dict[str, Callable[[], Tensor]] = {
@@ -183,24 +166,27 @@ def _measured(
         kept[label] = values.topk((size.chunks - 1) * size.chunk_tokens, -1).indices.sort(-1).values.cpu()
         del values
     progress("memory", len(methods), len(methods))
-    clock = Clock(device)
     seconds: dict[str, list[float]] = {label: [] for label in methods}
     for pair in range(pairs):
         for label in list(methods) if pair % 2 else list(methods)[::-1]:
             seconds[label].append(clock.seconds(methods[label]))
         progress("pairs", pair + 1, pairs)
-    settings = {
-        "shape": name, "about": size.about, "keys": keys, "queries": size.chunk_tokens, "heads": size.heads,
-        "kv_heads": size.kv_heads, "head_dim": size.head_dim, "pairs": pairs, "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "forced": force,
-        "others_busy": busy, "command": command,
-        "transient": "allocator" if device.type == "cuda" else "tensors alive; scratch inside kernels is not seen",
-    }  # fmt: skip
-    figures = (
-        *(Figure.of(f"{label}, per layer", "s", values) for label, values in seconds.items()),
-        Figure.of("explicit / streamed", "×", ratios(seconds["explicit"], seconds["streamed"])),
-    )
-    return CompressionReport(settings, figures, transient, _common(*kept.values()), provenance(device))
+    how = "allocator" if device.type == "cuda" else "tensors alive; scratch inside kernels is not seen"
+    report = CompressionReport(
+        **stage.head, shape={"name": name, **asdict(size)},
+        settings=stage.settings | {"pairs": pairs, "transient": how},
+        counts={"keys": keys, "queries": size.chunk_tokens}, transient_bytes=transient,
+        common_survivors=_common(*kept.values()),
+        figures=[
+            *(Figure.of(f"{label}, per layer", "s", values) for label, values in seconds.items()),
+            Figure.of("explicit / streamed", "×", ratios(seconds["explicit"], seconds["streamed"])),
+        ],
+    )  # fmt: skip
+    logits, cosines = (2 * n * keys * h * size.head_dim for n, h in ((len(q[0]), size.heads), (keys, size.kv_heads)))
+    for label, flops in (("streamed", logits), ("explicit", logits + cosines)):  # sums do for the streamed cosines
+        report.reach(f"{label}: its products", "float32", flops / float(np.median(seconds[label])) / 1e12)
+    report.judge()
+    return report
 
 
 def _peak(score: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:

@@ -26,12 +26,11 @@ from ..policies import FullHistory, KVPolicy, PackCache
 from ..samplers.masked import MaskedSampler
 from ..session import Session
 from .authors_like import AuthorsLike
+from .bench_stage import Progress, staged
 from .lumos_shapes import SHAPES, LumosBench
-from .machine import Clock, check_threads, cpu_threads, named, place, precision
+from .machine import Clock, named, place
 from .packcache_report import ArmRun, PackReport, Ratio
-from .provenance import cpu_times, others_busy, provenance, refuse_if_busy
 
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
 Bytes = tuple[int, int]  # of K/V in use, and of all that is allocated
 
 PIXEL_FRAMES = (24, 48, 96, 192)
@@ -55,10 +54,8 @@ def run(
     Raises LongtakeError for an unknown shape, baseline or dtype, for lengths without a generated frame, and on a busy
     machine unless `force`.
     """
-    progress = progress or (lambda *_: None)
     bench = named(shape, SHAPES)
     where = place(device or bench.device, bench.shape.name, "lumos-cpu")
-    kind = precision(dtype := dtype or bench.dtype)
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise LongtakeError(f"baseline {unknown[0]!r}: use {' or '.join(BASELINES)}")
     latent = [bench.shape.latent_frames(n) for n in frames]
@@ -68,15 +65,9 @@ def run(
     if steps < 1:
         raise LongtakeError(f"{steps} steps: give at least 1")
     policy = policy or PackCache()
-    check_threads(threads)
-    progress("looking who else is here", 0, 1)
-    busy = others_busy()
-    refuse_if_busy(busy, force)
-    progress("looking who else is here", 1, 1)
-    with cpu_threads(threads) as running, torch.no_grad():
-        started = cpu_times()
-        host = bench.host(where, kind, steps, seed)
-        clock = Clock(where)
+    options: dict[str, Any] = {"threads": threads, "force": force, "command": command, "progress": progress}
+    with staged(where, dtype or bench.dtype, **options) as stage:
+        host, clock = bench.host(where, stage.dtype, steps, seed), stage.clock
         calibration = _calibrate(bench, host, clock, max(latent))
         takes: dict[str, Callable[[], Iterator[Bytes]]] = {
             policy.name: lambda: _session(bench, host, policy, "resident", max(latent), seed),
@@ -85,21 +76,22 @@ def run(
             takes[MASK_FREE] = lambda: _session(bench, host, FullHistory(), "alias", max(latent), seed)
         if AUTHORS_LIKE in baselines:
             takes[AUTHORS_LIKE] = lambda: _authors(bench, host, steps, max(latent), seed)
-        arms = _measure(takes, max(latent) - 1, clock, in_turn=where.type == "cpu", progress=progress)
-        ended = cpu_times()
+        arms = _measure(takes, max(latent) - 1, clock, in_turn=where.type == "cpu", progress=stage.progress)
     report = PackReport(
-        command=command, forced=force,
+        **stage.head,
         shape={**asdict(bench.shape), "attention_to_linear_flops_at_13": bench.attention_to_linear()},
-        settings={
-            "device": str(where), "dtype": dtype, "threads": running, "steps": steps,
-            "policy": policy.name, "policy_options": asdict(policy), "pixel_frames": list(frames), "seed": seed,
-            "in_turn": where.type == "cpu",
+        settings=stage.settings | {
+            "steps": steps, "policy": policy.name, "policy_options": asdict(policy), "pixel_frames": list(frames),
+            "seed": seed, "in_turn": where.type == "cpu",
         },
-        provenance=provenance(where),
-        others_busy={"before": busy, "during": started.others_until(ended) if started and ended else None},
-        calibration=calibration, arms=arms,
+        calibration=calibration, arms=arms, missing=stage.others(SHAPES),
     )  # fmt: skip
     _rate(report, bench, policy.name, list(zip(frames, latent, strict=True)))
+    if calibration["e"] is not None:
+        for what in ("linear", "attention"):
+            name = f"{what} part of a forward of {max(calibration['keys'])} keys"
+            report.reach(name, stage.settings["dtype"], calibration[f"{what}_tflops"])
+    report.judge()
     return report
 
 

@@ -12,10 +12,11 @@ Without `decode` frames are not decoded, and frames a second are the transformer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..attention import logits
@@ -25,21 +26,19 @@ from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, PackForcing, SlidingWindow
 from ..session import Session, history_shape
 from .bench_shapes import SHAPES, Shape
-from .machine import Clock, check_threads, cpu_threads, named, place, precision
+from .bench_stage import Progress, Stage, staged
+from .machine import named, place
 from .measure import Figure
 from .packforcing_report import Course, PackForcingReport
-from .provenance import cpu_times, others_busy, provenance, refuse_if_busy
-
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
 BLOCKS = (16, 64, 116)  # candidates a score is measured with; the last is the middle of two minutes
 REPEATS = 5
 
 
 class _Bench:
-    def __init__(self, host: CausalWan, shape: Shape, seed: int, decode: bool, progress: Progress) -> None:
-        self.host, self.shape, self.seed, self.decode, self.progress = host, shape, seed, decode, progress
-        self.clock = Clock(host.device)
+    def __init__(self, host: CausalWan, shape: Shape, seed: int, decode: bool, stage: Stage) -> None:
+        self.host, self.shape, self.seed, self.decode = host, shape, seed, decode
+        self.clock, self.progress = stage.clock, stage.progress
 
     def session(self, policy: KVPolicy, residency: str, chunks: int | None = None) -> Session:
         generator = torch.Generator().manual_seed(self.seed)
@@ -62,11 +61,9 @@ def run(
     behind the transformer (default: on a GPU). Raises LongtakeError for an unknown shape, device or dtype, for too few
     chunks, and on a busy machine unless `force`.
     """
-    progress = progress or (lambda *_: None)
     shape = named(shape, SHAPES)
     shape = replace(shape, chunk_frames=chunk or shape.chunk_frames)
     where = place(device or shape.device, shape.name, "cpu-small")
-    kind = precision(dtype := dtype or shape.dtype)
     policy = policy or PackForcing()
     least = policy.sink + policy.recent + policy.top_k + 4
     if chunks < least or full_chunks < 1 or repeats < 1:
@@ -74,37 +71,25 @@ def run(
             f"{chunks} chunks, {full_chunks} of full history, {repeats} repeats: this policy chooses from chunk "
             f"{least - 2} on, so give --chunks {least} or more, and at least 1 of the others"
         )
-    check_threads(threads)
-    progress("looking who else is here", 0, 1)
-    busy = others_busy()
-    refuse_if_busy(busy, force)
-    with cpu_threads(threads) as running:
-        started = cpu_times()
+    options: dict[str, Any] = {"threads": threads, "force": force, "command": command, "progress": progress}
+    with staged(where, dtype or shape.dtype, **options) as stage:
         decode = where.type == "cuda" if decode is None else decode
-        host = shape.host(where, kind, seed)
+        host = shape.host(where, stage.dtype, seed)
         if decode:
-            host.vae = _decoder(where, kind)
-        bench = _Bench(host, shape, seed, decode, progress)
+            host.vae = _decoder(where, stage.dtype)
+        bench = _Bench(host, shape, seed, decode, stage)
         sizes = history_shape(host, host.geometry())
         report = PackForcingReport(
-            command, force, {**asdict(shape), "timesteps": list(shape.timesteps)},
-            {"device": str(where), "dtype": dtype, "threads": running, "chunks": chunks,
-             "full_chunks": full_chunks, "residency": residency, "repeats": repeats, "decode": decode, "seed": seed,
-             "policy": asdict(policy), "compressor": host.compressor.describe()},
-            provenance(where), {"before": busy, "during": None},
+            **stage.head, shape=shape.as_dict(), missing=stage.others(SHAPES),
+            settings=stage.settings | {
+                "chunks": chunks, "full_chunks": full_chunks, "residency": residency, "repeats": repeats,
+                "decode": decode, "seed": seed, "policy": asdict(policy), "compressor": host.compressor.describe(),
+            },
         )  # fmt: skip
-        with torch.no_grad():
-            session = _take(bench, report, policy, residency, chunks)
-            _parts(bench, report, session, repeats)
-            _arms(bench, report, policy, residency, chunks, full_chunks, sizes)
-            _scores(bench, report, blocks, sizes.compressed_tokens, repeats)
-        ended = cpu_times()
-        if started is not None and ended is not None:
-            report.others_busy["during"] = started.others_until(ended)
-    for other in SHAPES.values():
-        if other.device != where.type:
-            reason = f"needs a {other.device} device, this run was on {where.type}"
-            report.missing.append({"shape": other.name, "reason": reason})
+        session = _take(bench, report, policy, residency, chunks)
+        _parts(bench, report, session, repeats)
+        _arms(bench, report, policy, residency, chunks, full_chunks, sizes)
+        _scores(bench, report, blocks, sizes.compressed_tokens, repeats)
     return report
 
 
@@ -140,6 +125,9 @@ def _take(bench: _Bench, report: PackForcingReport, policy: PackForcing, residen
         Figure.of("compression / chunk", "", share(course.compress), bench.seed),
         Figure.of("outside the model's forwards / chunk", "", share(course.outside), bench.seed),
     ]
+    cost = bench.shape.flops.forward(session.history.shape.chunk_tokens, course.attended[-1], bench.shape.text_tokens)
+    forwards = len(session.schedule.timesteps) + 1
+    report.reach("a chunk", report.settings["dtype"], cost.total * forwards / float(np.median(times)) / 1e12)
     memory = session.memory()
     report.counts |= {
         "attended_tokens": course.attended[-1], "history_bytes": course.history_bytes[-1],
@@ -193,6 +181,9 @@ def _parts(bench: _Bench, report: PackForcingReport, session: Session, repeats: 
         found["view"].append(bench.clock.seconds(fill))
         found["copy"].append(bench.clock.seconds(copy))
         history.abandon(block)
+    moved = 4 * host.layers * k.nbytes / 1e9  # of K and V, read and written
+    report.reach("view of one forward (gather and rotate)", "copy", moved / float(np.median(found["view"])))
+    report.reach("plain copy of as much", "copy", moved / float(np.median(found["copy"])))
     forwards = len(session.schedule.timesteps) + 1
     times = forwards if history.residency == "scratch" else 1  # a scratch view is built anew for every forward
     shares = {

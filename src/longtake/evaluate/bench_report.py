@@ -1,20 +1,24 @@
-"""The answer of a benchmark: figures, counts, curves and targets with their provenance, as JSON and as a picture."""
+"""What every benchmark answers with: one schema for all, with provenance, ceilings, targets, and a reason for whatever
+is missing.
+
+A benchmark adds fields of its own by subclassing `Report`; reading, writing, the text for people and the table for
+documents come with it.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Any, ClassVar, Self
 
 from ..errors import LongtakeError
 from .measure import Figure
-from .provenance import BUSY_LIMIT, read_json, write_atomically
+from .provenance import BUSY_LIMIT, read_json, write_report
+from .roofline import Ceilings
+from .typed import record
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -33,147 +37,193 @@ class Target:
         return f"{word:>10}  {self.name} {self.limit}: {self.found}" + (f" ({self.note})" if self.note else "")
 
 
-@dataclass
-class Curve:
-    """Cost of each chunk of a take from its beginning: `chunk_ms` and `outside_ms` (outside the model's forwards) by
-    run and chunk, `attended` tokens by chunk."""
+@dataclass(frozen=True)
+class Missing:
+    """Something this run could not do at all, and why."""
 
-    chunk_ms: list[list[float]]
-    outside_ms: list[list[float]]
-    attended: list[int]
+    what: str
+    reason: str
 
 
-@dataclass
-class TakeReport:
-    """Everything `longtake bench take` found. Missing figures say why."""
+@dataclass(frozen=True)
+class Reached:
+    """How near to the machine's ceiling something came. `rate` is in TFLOP/s, or GB/s (read and written) for "copy"."""
+
+    what: str
+    resource: str  # a dtype of `gemm_tflops`, or "copy"
+    rate: float
+    share: float | None  # of the ceiling; None where it was not measured
+
+    @property
+    def unit(self) -> str:
+        return "GB/s" if self.resource == "copy" else "TFLOP/s"
+
+    def line(self) -> str:
+        """For people."""
+        share = "its ceiling is not known" if self.share is None else f"{self.share:.0%} of {self.resource}'s ceiling"
+        return f"{self.what}: {self.rate:.4g} {self.unit}, {share}"
+
+
+@dataclass(kw_only=True)
+class Report:
+    """The fields that all benchmarks share."""
+
+    kind: ClassVar[str] = ""  # name of the benchmark
 
     command: str
     forced: bool
     shape: dict[str, Any]
-    settings: dict[str, Any]  # device, dtype, threads, chunks, pairs, …
+    settings: dict[str, Any]  # device, dtype, threads, …
     provenance: dict[str, Any]
     others_busy: dict[str, float | None]  # share of the machine used by other processes, before and during the run
+    ceilings: Ceilings | None = None  # of this machine, measured right before
     figures: list[Figure] = field(default_factory=list)
-    counts: dict[str, Any] = field(default_factory=dict)  # exact numbers at the early and the late chunk
-    curves: dict[str, Curve] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)  # exact numbers
+    reached: list[Reached] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
-    missing: list[dict[str, str]] = field(default_factory=list)  # what this run could not do at all
+    missing: list[Missing] = field(default_factory=list)
 
     def figure(self, name: str) -> Figure:
         return next(f for f in self.figures if f.name == name)
 
+    @property
+    def busy(self) -> bool:
+        """Others used so much of the machine that times mean little."""
+        during = self.others_busy["during"]
+        return during is not None and during > BUSY_LIMIT
+
+    def reach(self, what: str, resource: str, rate: float) -> None:
+        """Note a rate, in TFLOP/s or (for "copy") GB/s, with its share of the ceiling."""
+        ceiling = None if self.ceilings is None else self.ceilings.of(resource)
+        self.reached.append(Reached(what, resource, rate, None if ceiling is None else rate / ceiling))
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
     def as_dict(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        own["figures"] = [f.as_dict() for f in self.figures]
-        own["curves"] = {name: asdict(curve) for name, curve in self.curves.items()}
-        own["targets"] = [asdict(t) for t in self.targets]
-        return {"schema": SCHEMA, "benchmark": "take", **own}
+        return {"schema": SCHEMA, "benchmark": self.kind, **_plain(own)}
 
     @classmethod
-    def of(cls, data: dict[str, Any]) -> Self:
-        """Raises LongtakeError for another benchmark or schema."""
+    def of(cls, data: Any) -> Self:
+        """Raises LongtakeError for another benchmark or schema, and for a file that is not as the schema says."""
+        if not isinstance(data, dict):
+            raise LongtakeError("a benchmark's file is one JSON object")
         kind, schema = data.get("benchmark"), data.get("schema")
-        if kind != "take" or schema != SCHEMA:
-            raise LongtakeError(f"benchmark {kind!r} of schema {schema}: this version reads 'take', schema {SCHEMA}")
-        own = {f.name: data[f.name] for f in fields(cls)}
-        own["figures"] = [Figure.read(row) for row in own["figures"]]
-        own["curves"] = {name: Curve(**curve) for name, curve in own["curves"].items()}
-        own["targets"] = [Target(**row) for row in own["targets"]]
-        return cls(**own)
+        if kind != cls.kind or schema != SCHEMA:
+            raise LongtakeError(
+                f"benchmark {kind!r} of schema {schema}: this version reads {cls.kind!r}, schema {SCHEMA}"
+            )
+        return record(cls, {k: v for k, v in data.items() if k not in ("schema", "benchmark")})
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        return cls.of(read_json(path))
+        try:
+            return cls.of(read_json(path))
+        except LongtakeError as error:
+            raise LongtakeError(f"{path}: {error}") from None
 
-    def write(self, folder: Path, stem: str) -> tuple[Path, Path]:
-        """`stem`.json and `stem`.png in `folder`, each whole or not at all. Raises LongtakeError."""
-        data, picture = folder / f"{stem}.json", folder / f"{stem}.png"
-        write_atomically(data, (_compact(self.as_dict()) + "\n").encode())
-        write_atomically(picture, draw(self))
-        return data, picture
+    def write(self, folder: Path, stem: str) -> list[Path]:
+        """`stem`.json and its pictures in `folder`, each whole or not at all. Raises LongtakeError."""
+        return write_report(folder, stem, _compact(self.as_dict()), self.pictures())
+
+    def pictures(self) -> dict[str, bytes]:
+        """PNG bytes by name; "" is named like the JSON itself."""
+        return {}
+
+    # --- for people ---------------------------------------------------------------------------------------------------
 
     def text(self) -> str:
-        """For people: one line per figure and per target."""
-        lines = []
-        for f in self.figures:
-            if f.median is None or f.ci95 is None:
-                lines.append(f"{f.name}: missing, {f.missing}")
-            else:
-                low, high = f.ci95
-                lines.append(f"{f.name}: {f.median:.4g} {f.unit}".rstrip() + f"  [{low:.4g}, {high:.4g}]  n={f.n}")
-        words = {True: "met", False: "NOT MET", None: "not judged"}
-        for t in self.targets:
-            lines.append(f"{words[t.met]:>10}  {t.name} {t.limit}: {t.found}" + (f" ({t.note})" if t.note else ""))
+        """For people: a line for everything that was found, judged or missing."""
         busy = self.others_busy["during"]
         share = "an unknown part" if busy is None else f"{busy:.0%}"
-        lines.append(f"other processes used {share} of the machine meanwhile")
-        return "\n".join(lines)
+        return "\n".join([
+            *(f.line() for f in self.figures), *self.own_lines(), *(r.line() for r in self.reached),
+            *(t.line() for t in self.targets), *(f"{m.what}: missing, {m.reason}" for m in self.missing),
+            f"other processes used {share} of the machine meanwhile",
+        ])  # fmt: skip
+
+    def own_lines(self) -> list[str]:
+        """What a benchmark's own fields say, for `text`."""
+        return []
 
     def markdown(self) -> str:
-        """For a README: what was promised and found, and where."""
-        words = {True: "kept", False: "**not kept**", None: "not judged"}
+        """For a document: tables of everything, and where it was measured."""
+        parts = self.own_tables()
+        if rows := self.figure_rows():
+            parts.append(table(("what", "median", "95 % interval", "n"), rows))
+        parts += reached_table(self)
+        if self.targets:
+            rows = [(t.name, t.limit, t.found, KEPT[t.met]) for t in self.targets]
+            parts.append(table(("what", "promised", "found", ""), rows))
+        if self.missing:
+            parts.append(table(("missing", "reason"), [(m.what, m.reason) for m in self.missing]))
+        return "\n\n".join([*parts, self.where()])
+
+    def own_tables(self) -> list[str]:
+        """What a benchmark's own fields say, for `markdown`."""
+        return []
+
+    def figure_rows(self) -> list[tuple[str, ...]]:
+        """Rows of figures: name, median, interval, n."""
+        rows: list[tuple[str, ...]] = []
+        for f in self.figures:
+            if f.median is None or f.ci95 is None:
+                rows.append((f.name, "missing", f.missing, ""))
+            else:
+                low, high = f.ci95
+                rows.append((f.name, f"{f.median:.4g} {f.unit}".rstrip(), f"{low:.4g} … {high:.4g}", str(f.n)))
+        return rows
+
+    def caption(self) -> str:
+        """Shape, device and dtype: what stands above a picture."""
+        machine, settings = self.provenance["machine"], self.settings
+        where = machine["gpu"] or f"{machine['cpu']}, torch threads {settings['threads']}"
+        during = self.others_busy["during"]
+        forced = f" (others used {during:.0%} of the machine)" if self.busy and during is not None else ""
+        return f"{self.shape['name']} on {where}, {settings['dtype']}{forced}"
+
+    def where(self) -> str:
+        """The command, and what it ran on."""
         machine, versions = self.provenance["machine"], self.provenance["versions"]
         commit = (self.provenance["git"] or {}).get("commit", "unknown")[:10]
-        rows = [f"| {t.name} | {t.limit} | {t.found} | {words[t.met]} |" for t in self.targets]
-        rows += [f"| {row['shape']} | | missing: {row['reason']} | |" for row in self.missing]
         threads = f"{self.settings['threads']} threads"
-        where = (
+        forced = " Measured on a busy machine." if self.busy else ""
+        return (
             f"`{self.command}`: shape {self.shape['name']}, {self.settings['dtype']}, {threads}, "
-            f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
-            f"{self.provenance['date'][:10]}, commit {commit}."
+            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
+            f"{self.provenance['date'][:10]}, commit {commit}.{forced}"
         )
-        return "\n".join(["| what | promised | found | |", "|---|---|---|---|", *rows, "", where])
 
 
-MARKS = ("<!-- bench:take -->", "<!-- /bench:take -->")
+KEPT = {True: "kept", False: "**not kept**", None: "not judged"}
 
 
-def fill(text: str, table: str) -> str:
-    """A document with the table between its marks. Raises LongtakeError if it has none."""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise LongtakeError(f"the document has no {MARKS[0]} … {MARKS[1]}: put the two lines where the table belongs")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    line = lambda cells: f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 
-def draw(report: TakeReport) -> bytes:
-    """PNG: milliseconds per chunk, and those outside the forwards, against the chunk's number."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import MaxNLocator
+def reached_table(report: Report) -> list[str]:
+    """Markdown of what was reached of the ceilings, if anything was."""
+    rows = [
+        (r.what, f"{r.rate:.3g} {r.unit}", r.resource, "not known" if r.share is None else f"{r.share:.0%}")
+        for r in report.reached
+    ]
+    return [table(("against this machine's ceiling", "reached", "ceiling of", "share"), rows)] if rows else []
 
-    canvas = Canvas(figsize=(9, 3.6), dpi=110, layout="constrained")
-    left, right = canvas.subplots(1, 2)
-    for (name, curve), colour in zip(report.curves.items(), ("#c2571a", "#1f6f8b"), strict=False):
-        for axes, runs in ((left, curve.chunk_ms), (right, curve.outside_ms)):
-            if not runs:
-                continue
-            rows = np.asarray(runs)
-            number = np.arange(1, rows.shape[1] + 1)
-            axes.plot(number, np.median(rows, 0), color=colour, lw=1.6, label=name)
-            if len(rows) > 1:
-                axes.fill_between(number, rows.min(0), rows.max(0), color=colour, alpha=0.15, lw=0)
-    left.set(title="one chunk, decoding apart", xlabel="chunk", ylabel="ms per chunk")
-    right.set(title="of it outside the model's forwards", xlabel="chunk", ylabel="ms per chunk")
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
-        else:
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    machine, settings = report.provenance["machine"], report.settings
-    where = machine["gpu"] or f"{machine['cpu']}, torch threads {settings['threads']}"
-    runs_note = f"median and range of {settings['repeats']} runs" if settings["repeats"] > 1 else "one run"
-    busy = report.others_busy["during"]
-    forced = f" (others used {busy:.0%} of the machine)" if busy is not None and busy > BUSY_LIMIT else ""
-    canvas.suptitle(f"{report.shape['name']} on {where}, {settings['dtype']}: {runs_note}{forced}", fontsize=9)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer)
-    return buffer.getvalue()
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as JSON values; those with a form of their own as that."""
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(asdict(value))
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _compact(value: Any, indent: str = "") -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from ..flops import FlopShape
 from ..hosts.base import HostConfig
 from ..hosts.wan import CausalWan
 
@@ -35,6 +36,18 @@ class Shape:
     sink: int = 3
     early: int = 20  # number of the early chunk; the window must have been full for a while
     curve_chunks: int = 60
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk_frames * (self.height // 16) * (self.width // 16)
+
+    @property
+    def flops(self) -> FlopShape:
+        """What a forward costs."""
+        return FlopShape.of_wan(self.layers, self.heads * self.head_dim, self.ffn_dim, 4 * self.channels)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "timesteps": list(self.timesteps)}
 
     def host(self, device: torch.device, dtype: torch.dtype, seed: int) -> CausalWan:
         """A host of this shape, its weights drawn with `seed`."""

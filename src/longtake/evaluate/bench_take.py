@@ -14,10 +14,11 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..chunk import ChunkStats
@@ -28,18 +29,17 @@ from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, SlidingWindow
 from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
 from ..session import Session
-from .bench_report import Curve, TakeReport, Target
+from .bench_report import Target
 from .bench_shapes import SHAPES, Shape
-from .machine import Clock, check_threads, cpu_threads, named, place, precision
+from .bench_stage import Progress, staged
+from .machine import Clock, named, place
 from .measure import CountOperations, Figure, OpCounts, live_tensor_bytes, ratios, rss_bytes
-from .provenance import BUSY_LIMIT, cpu_times, others_busy, provenance, refuse_if_busy
-
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
+from .take_report import Curve, TakeReport
 
 CHUNKS = 300
 PAIRS = 30  # fewer are measured if asked for, and judged by no target
 REPEATS = 3  # runs of the curves
-CODEC_MODEL = "tiny-wan"
+CODEC_MODEL = "tiny-shapes"
 CODEC_RUNS = 12
 
 
@@ -97,39 +97,26 @@ def run(
 
     Raises LongtakeError for an unknown shape, device or dtype, for too few chunks or pairs, and on a busy machine.
     """
-    progress = progress or (lambda *_: None)
     shape = named(shape, SHAPES)
     where = place(device or shape.device, shape.name, "cpu-small")
     if where.type != shape.device:
         raise LongtakeError(f"shape {shape.name} is for {shape.device}, not {where.type}: use --device {shape.device}")
-    kind = precision(dtype := dtype or shape.dtype)
     if chunks < shape.early + 2 or pairs < 2 or repeats < 1:
         raise LongtakeError(
             f"{chunks} chunks, {pairs} pairs, {repeats} repeats: shape {shape.name} needs at least {shape.early + 2} "
             "chunks (its early snapshot comes first), 2 pairs and 1 repeat"
         )
-    check_threads(threads)
-    progress("looking who else is here", 0, 1)
-    busy = others_busy()
-    refuse_if_busy(busy, force)
-    progress("looking who else is here", 1, 1)
-    with cpu_threads(threads) as running, torch.no_grad():
-        started = cpu_times()
-        settings = {
-            "device": str(where), "dtype": dtype, "threads": running, "chunks": chunks,
-            "early": shape.early, "pairs": pairs, "repeats": repeats, "curve_chunks": shape.curve_chunks, "seed": seed,
-        }  # fmt: skip
+    options: dict[str, Any] = {"threads": threads, "force": force, "command": command, "progress": progress}
+    with staged(where, dtype or shape.dtype, **options) as stage:
         report = TakeReport(
-            command,
-            force,
-            {**asdict(shape), "timesteps": list(shape.timesteps)},
-            settings,
-            provenance(where),
-            {"before": busy, "during": None},
-        )
-        bench = _Bench(
-            shape.host(where, kind, seed), shape, chunks, pairs, repeats, seed, report, progress, Clock(where)
-        )
+            **stage.head, shape=shape.as_dict(), missing=stage.others(SHAPES),
+            settings=stage.settings | {
+                "chunks": chunks, "early": shape.early, "pairs": pairs, "repeats": repeats,
+                "curve_chunks": shape.curve_chunks, "seed": seed,
+            },
+        )  # fmt: skip
+        host = shape.host(where, stage.dtype, seed)
+        bench = _Bench(host, shape, chunks, pairs, repeats, seed, report, stage.progress, stage.clock)
         with tempfile.TemporaryDirectory(prefix="longtake-bench-") as folder:
             early, late = Path(folder) / "early.safetensors", Path(folder) / "late.safetensors"
             _take(bench, early, late)
@@ -137,13 +124,6 @@ def run(
         _rounds(bench)
         _curves(bench)
         _codec(bench)
-        ended = cpu_times()
-    if started is not None and ended is not None:
-        report.others_busy["during"] = started.others_until(ended)
-    for other in SHAPES.values():
-        if other.device != where.type:
-            reason = f"needs a {other.device} device, this run was on {where.type}"
-            report.missing.append({"shape": other.name, "reason": reason})
     report.targets = _targets(report)
     return report
 
@@ -251,6 +231,11 @@ def _rounds(bench: _Bench) -> None:
             outside[name].append(spent - stats.forward_seconds - stats.decode_seconds)
         bench.progress("rounds", number + 1, bench.pairs)
     figures = bench.report.figures
+    cost = bench.shape.flops.forward(resident.geometry.chunk_frames * resident.geometry.tokens_per_frame,
+                                     resident.stats.last.attended_tokens, bench.shape.text_tokens)  # fmt: skip
+    for name, work in (("bare forwards", "bare"), ("a chunk, resident view", "resident")):
+        rate = cost.total * (len(schedule.timesteps) + 1) / float(np.median(seconds[work])) / 1e12
+        bench.report.reach(name, bench.report.settings["dtype"], rate)
     figures.append(Figure.of("bare forwards", "ms", _ms(seconds["bare"]), bench.seed))
     for name in ("resident", "scratch"):
         figures.append(Figure.of(f"chunk, {name} view", "ms", _ms(seconds[name]), bench.seed))
@@ -343,9 +328,8 @@ def _targets(report: TakeReport) -> list[Target]:
         _within(report.figure("chunk / bare forwards, resident view"), "≤", 1.05, lambda f: f.median <= 1.05),
         _within(report.figure("chunk / bare forwards, scratch view"), "≤", 1.05, lambda f: f.median <= 1.05),
     ]  # fmt: skip
-    busy = report.others_busy["during"]
-    if busy is not None and busy > BUSY_LIMIT:
-        note = f"other processes used {busy:.0%} of the machine during the run"
+    if report.busy:
+        note = f"other processes used {report.others_busy['during']:.0%} of the machine during the run"
         targets[-4:] = [replace(t, met=None, note=note) for t in targets[-4:]]
     if settings["chunks"] < CHUNKS or settings["pairs"] < PAIRS:
         note = f"not the full setting of {CHUNKS} chunks and {PAIRS} pairs"

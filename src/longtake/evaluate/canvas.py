@@ -16,6 +16,20 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **grid:
     return figure, figure.subplots(rows, columns, gridspec_kw=grid or None)
 
 
+def from_zero(*axes: Any) -> None:
+    """Axes of a cost by a number of things: from 0 on, whole numbers below, a legend where there is something."""
+    from matplotlib.ticker import MaxNLocator
+
+    for ax in axes:
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.25, lw=0.6)
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=8)
+        else:
+            ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes)
+
+
 def png(figure: Any, title: str, size: int = 9) -> bytes:
     """The picture under its title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LongtakeError
+from .typed import record
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -78,11 +79,33 @@ class Figure:
         }  # fmt: skip
 
     @classmethod
-    def read(cls, row: dict[str, Any]) -> Self:
-        if "missing" in row:
-            return cls.absent(row["name"], row["unit"], row["missing"])
-        low, high = row["ci95"]
-        return cls(row["name"], row["unit"], row["n"], row["median"], (low, high), tuple(row["values"]))
+    def read(cls, row: dict[str, Any], place: str = "figure") -> Self:
+        """Raises LongtakeError, with `place`, for a row that is neither measured nor missing."""
+        given = record(_Absent if "missing" in row else _Measured, row, place)
+        if isinstance(given, _Absent):
+            return cls.absent(given.name, given.unit, given.missing)
+        return cls(given.name, given.unit, given.n, given.median, given.ci95, given.values)
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """A figure's row in JSON when nothing was measured."""
+
+    name: str
+    unit: str
+    missing: str
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A figure's row in JSON."""
+
+    name: str
+    unit: str
+    n: int
+    median: float
+    ci95: tuple[float, float]
+    values: tuple[float, ...]
 
 
 def live_tensor_bytes(device: torch.device | str | None = None) -> int:
