@@ -25,8 +25,9 @@ from longtake.evaluate.compare.arms import Arm, arms, controls, every
 from longtake.evaluate.compare.cells import Cell, Store, fingerprint
 from longtake.evaluate.compare.course import comings, course
 from longtake.evaluate.compare.footage import Footage, probes
-from longtake.evaluate.compare.picture import off_actor_ssim, psnr, slopes, ssim_map
+from longtake.evaluate.compare.picture import off_actor_ssim, psnr, slopes
 from longtake.evaluate.compare.protocols import Setting, fork, held, run
+from longtake.evaluate.metrics.likeness import ssim_map
 from longtake.hosts.base import HostConfig
 from longtake.samplers.chunked import NoiseSource
 from longtake.zoo import lanes, tiny_text, tiny_transformer, tiny_vae, train_tiny_wan
@@ -473,7 +474,7 @@ def test_a_measure_is_admitted_if_truth_is_high_and_idle_pictures_are_low(truth,
         (["--gap", 0], "--gap 0: give at least 1"),
         (["--free", 3], "--free 3: give at least 6"),
         (["--policy", "nobody"], "no policy 'nobody'"),
-        (["--model", "tiny-wan"], "tiny-wan was not trained on the procedural world"),
+        (["--model", "tiny-shapes"], "tiny-shapes was not trained on the procedural world"),
     ],
 )
 def test_mistakes_are_told_in_one_line(model, tmp_path, arguments, words):

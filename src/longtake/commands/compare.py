@@ -1,12 +1,13 @@
-"""`longtake compare`: policies against each other, on a world whose truth is known."""
+"""`longtake compare`: policies against each other, on a world whose truth is known; or a matrix of free takes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,43 +15,71 @@ from ..errors import LongtakeError
 from . import options, shell
 from .progress import CountProgress
 
+if TYPE_CHECKING:
+    from ..evaluate.compare.executor import Executor
+    from ..evaluate.compare.runner import Plan
+
 FEWEST, MOST = 12, 200  # true latent frames
+SCENES = 32  # of every arm on the world
+WORLD_ONLY = ("protocol", "frames", "free", "gap")
+TAKES_ONLY = ("prompt", "seconds", "chunks", "reuse", "size", "steps", "guidance", "negative")
 
 
 def compare(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for cells, summary.json and report.html.")
     ],
+    matrix: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MATRIX.yaml]",
+            help="Free takes: models × policies × reuse × prompts × seeds × lengths; instead of options.",
+        ),
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", metavar="NAME|DIR", help="Model trained on the world; repeatable.",
-            show_default="every embedded one",
+            "--model", "-m", metavar="NAME|DIR", help="Model, for --protocol trained on the world; repeatable.",
+            show_default=f"every embedded one that was; for free takes {options.DEFAULT_MODEL}",
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             "--policy", "-p", metavar="NAME[:KEY=VALUE,…]|FILE.py:CLASS", help="KV policy; repeatable.",
-            show_default="every policy that has a name",
+            show_default="every policy that has a name; for free takes the model's own",
         ),
     ] = None,
     budget: Annotated[
         list[int] | None,
         typer.Option(
             "--budget", metavar="N", help="History budget, in latent frames of full K/V; repeatable.",
-            show_default="a third, two thirds and all of a training clip",
+            show_default="a third, two thirds and all of a training clip; for free takes none",
         ),
     ] = None,
     protocol: Annotated[
         list[str] | None,
         typer.Option("--protocol", metavar="A|B", help="A, B, or both (repeat it).", show_default="A"),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Scenes of every arm.")] = 32,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds", metavar="N", help="Scenes of every arm; or seeds of every prompt.",
+            show_default=f"{SCENES}; for free takes 1",
+        ),
+    ] = None,
     frames: Annotated[
-        int, typer.Option("--frames", metavar="N", help=f"True latent frames committed, {FEWEST} to {MOST}.")
-    ] = 120,
-    free: Annotated[int, typer.Option("--free", metavar="N", help="Protocol B: latent frames of the free run.")] = 504,
+        int | None,
+        typer.Option(
+            "--frames", metavar="N", help=f"True latent frames committed, {FEWEST} to {MOST}.", show_default="120"
+        ),
+    ] = None,
+    free: Annotated[
+        int | None,
+        typer.Option(
+            "--free", metavar="N", help="Protocol B: latent frames of the free run.", show_default="504"
+        ),
+    ] = None,
     gap: Annotated[
         list[int] | None,
         typer.Option(
@@ -58,50 +87,191 @@ def compare(
             show_default="1, 2, 4 … 64",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes, one thread each.")] = 1,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Free takes: what to see; repeatable."),
+    ] = None,
+    seconds: Annotated[
+        list[float] | None,
+        typer.Option("--seconds", metavar="S", help="Free takes: length, rounded up to whole chunks; repeatable."),
+    ] = None,
+    chunks: Annotated[
+        list[int] | None, typer.Option("--chunks", metavar="N", help="Free takes: length in chunks; repeatable.")
+    ] = None,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reuse", metavar="SPEC", show_default="none",
+            help="Free takes: none, flowcache:slow, … as for `longtake generate`; repeatable. Others are measured "
+            "against none.",
+        ),
+    ] = None,
+    size: options.Size = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = None,
+    export_vbench: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Free takes: also write the videos to DIR as VBench reads them."),
+    ] = None,
+    import_vbench: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Take over a results file of VBench for exported videos; repeatable."),
+    ] = None,
+    export_lpips: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write pairs for LPIPS to DIR, with the script that scores them."),
+    ] = None,
+    import_lpips: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take over the lpips.json that the script wrote.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", metavar="N", help="Processes, one thread each.",
+            show_default="1; on Ray one per GPU, else one per CPU",
+        ),
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray of its own, on loopback, which ends with the comparison.")
+    ] = False,
+    ray_address: options.RayAddress = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
-    """Compare KV policies at equal budgets on the procedural world, with controls; resumable.
-
-    A stopped run goes on with the same command: finished cells stand in DIR/cells and are never made again.
+    """Compare KV policies at equal budgets on the procedural world, with controls; or, given a matrix or prompts, free
+    takes of any model. Resumable: finished cells stand in DIR/cells and are never made again.
     """
-    wanted = tuple(dict.fromkeys(protocol or ("A",)))
-    if not FEWEST <= frames <= MOST:
-        raise LongtakeError(f"--frames {frames}: give {FEWEST} to {MOST} latent frames")
-    if free < 6:
-        raise LongtakeError(f"--free {free}: give at least 6 latent frames")
-    if unknown := sorted(set(wanted) - {"A", "B"}):
-        raise LongtakeError(f"--protocol {unknown[0]}: give A or B")
-    for option, values in (("--workers", [workers]), ("--seeds", [seeds]), ("--gap", gap), ("--budget", budget)):
-        if values and min(values) < 1:
-            raise LongtakeError(f"{option} {min(values)}: give at least 1")
+    given: dict[str, Any] = {
+        "protocol": protocol, "frames": frames, "free": free, "gap": gap, "prompt": prompt, "seconds": seconds,
+        "chunks": chunks, "reuse": reuse, "size": size, "steps": steps, "guidance": guidance, "negative": negative,
+        "model": model, "policy": policy, "budget": budget, "seeds": seeds,
+    }  # fmt: skip
+    takes = matrix is not None or bool(prompt)
+    _check(given, matrix, takes)
+    exchange = (export_vbench, import_vbench, export_lpips, import_lpips)
+    if not takes and any(exchange):
+        raise LongtakeError("VBench and LPIPS are for free takes: give the matrix or the prompts of their comparison")
+    if workers is not None and workers < 1:
+        raise LongtakeError(f"--workers {workers}: give at least 1")
 
+    from ..evaluate.compare import adapters
     from ..evaluate.compare.cells import Store
-    from ..evaluate.compare.protocols import Setting
     from ..evaluate.compare.report import page
-    from ..evaluate.compare.runner import Plan, cells, default_models, execute, origin, training_frames
-    from ..evaluate.compare.summary import summarise
+    from ..evaluate.compare.runner import cells, execute, origin
+    from ..evaluate.compare.take_tables import take_tables
+    from ..evaluate.metrics import DEFINITIONS
     from ..evaluate.provenance import write_atomically
-    from ..zoo.lanes import GAPS
 
     shell.check_device(device)
     shell.hush()
-    settings = tuple(Setting(name, frames, tuple(sorted(set(gap or GAPS))), free) for name in wanted)
-    models = tuple(dict.fromkeys(model or default_models()))
-    plan = Plan(models, tuple(policy or ()), tuple(budget or ()), seeds, settings, device)
+    plan = _plan_of_takes(given, matrix, device) if takes else _plan_of_world(given, device)
     notes: list[str] = []
     todo, store = cells(plan, notes), Store(out)
-    with CountProgress("comparing") as advance:
-        notes += execute(plan, todo, store, out, workers, advance, shell.hush)
-    summary = {
+    with contextlib.ExitStack() as around:
+        executor = None
+        if ray or ray_address:
+            executor = _on_ray(around, ray_address, workers, device, out, plan.classes)
+        advance = around.enter_context(CountProgress("comparing"))
+        notes += execute(plan, todo, store, out, workers or 1, advance, shell.hush, executor)
+    done: list[str] = []
+    if takes:
+        for file in import_vbench or ():
+            done.append(f"VBench scores of {adapters.import_vbench(file, todo, store)} takes from {file}")
+        if import_lpips is not None:
+            done.append(f"LPIPS of {adapters.import_lpips(import_lpips, todo, store)} takes from {import_lpips}")
+        if export_vbench is not None:
+            done.append(f"{adapters.export_vbench(todo, store, export_vbench)} videos for VBench in {export_vbench}")
+        if export_lpips is not None:
+            done.append(f"{adapters.export_lpips(todo, store, export_lpips)} pairs for LPIPS in {export_lpips}")
+    summary: dict[str, Any] = {
         "command": shlex.join(["longtake", *sys.argv[1:]]), "notes": notes, "cells": len(todo),
         "finished": sum(cell in store for cell in todo), "origin": origin(plan),
-        **summarise(todo, store, training_frames(plan)),
     }  # fmt: skip
+    if takes:
+        summary |= {
+            "tables": [], "takes": take_tables(todo, store),
+            "definitions": {name: told.as_dict() for name, told in DEFINITIONS.items()},
+        }  # fmt: skip
+    else:
+        from ..evaluate.compare.runner import training_frames
+        from ..evaluate.compare.summary import summarise
+
+        summary |= summarise(todo, store, training_frames(plan))
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "report.html", page(summary).encode())
-    text = f"{out / 'report.html'}: {summary['finished']} of {len(todo)} cells, {len(summary['tables'])} tables"
+    tables = len(summary["tables"]) + len(summary.get("takes", ()))
+    text = f"{out / 'report.html'}: {summary['finished']} of {len(todo)} cells, {tables} tables"
     if notes:
         text += f", {len(notes)} notes"
-    shell.answer(summary, text, as_json)
+    shell.answer(summary, "\n".join([text, *done]), as_json)
+
+
+def _on_ray(
+    around: contextlib.ExitStack, address: str | None, workers: int | None, device: str | None, out: Path,
+    classes: tuple[tuple[str, ...], tuple[str, ...]],
+) -> Executor:  # fmt: skip
+    """What runs the work on Ray, connected until `around` ends."""
+    from ..cluster.comparing import OnRay
+    from ..cluster.connecting import connected, slots
+
+    connection = around.enter_context(connected(address))
+    count, share = slots(connection, workers, device, 1)
+    shell.say(f"{count} worker{'s' if count > 1 else ''} on Ray")
+    return OnRay(connection, count, share, out, classes, shell.hush)
+
+
+def _check(given: dict[str, Any], matrix: Path | None, takes: bool) -> None:
+    """Raise LongtakeError for options that do not go together, and for values out of range."""
+    named = lambda names: [f"--{name}" for name in names if given[name] not in (None, [])]
+    if matrix is not None and (beside := named(given)):
+        raise LongtakeError(f"{beside[0]} beside {matrix}: the matrix says it all; write it there, or leave it out")
+    if takes and (beside := named(WORLD_ONLY)):
+        raise LongtakeError(f"{beside[0]} is for the procedural world, --prompt for free takes: give one of them")
+    if not takes and (beside := named(TAKES_ONLY)):
+        raise LongtakeError(f"{beside[0]} is for free takes: give --prompt too, or a matrix")
+    if given["frames"] is not None and not FEWEST <= given["frames"] <= MOST:
+        raise LongtakeError(f"--frames {given['frames']}: give {FEWEST} to {MOST} latent frames")
+    if given["free"] is not None and given["free"] < 6:
+        raise LongtakeError(f"--free {given['free']}: give at least 6 latent frames")
+    if unknown := sorted(set(given["protocol"] or ()) - {"A", "B"}):
+        raise LongtakeError(f"--protocol {unknown[0]}: give A or B")
+    for name in ("seeds", "gap", "budget", "chunks", "steps"):
+        values = given[name] if isinstance(given[name], list) else [given[name]]
+        if (least := min((value for value in values if value is not None), default=1)) < 1:
+            raise LongtakeError(f"--{name} {least}: give at least 1")
+    for length in given["seconds"] or ():
+        shell.check_seconds(length)
+
+
+def _plan_of_world(given: dict[str, Any], device: str | None) -> Plan:
+    from ..evaluate.compare.protocols import Setting
+    from ..evaluate.compare.runner import Plan, default_models
+    from ..zoo.lanes import GAPS
+
+    own, gaps = Setting(), tuple(sorted(set(given["gap"] or GAPS)))
+    settings = tuple(
+        Setting(name, given["frames"] or own.frames, gaps, given["free"] or own.free)
+        for name in dict.fromkeys(given["protocol"] or ("A",))
+    )
+    models = tuple(dict.fromkeys(given["model"] or default_models()))
+    return Plan(
+        models, tuple(given["policy"] or ()), tuple(given["budget"] or ()), given["seeds"] or SCENES, settings, device
+    )
+
+
+def _plan_of_takes(given: dict[str, Any], file: Path | None, device: str | None) -> Plan:
+    from ..evaluate.compare.matrix import Matrix, read_matrix
+    from ..evaluate.compare.runner import Plan
+
+    if file is not None:
+        matrix = read_matrix(file)
+    else:
+        height, width = shell.parse_size(given["size"])
+        many = lambda name: tuple(dict.fromkeys(given[name] or ()))
+        matrix = Matrix(
+            many("model"), many("policy"), many("budget"), many("reuse") or ("none",), many("prompt"),
+            tuple(range(given["seeds"] or 1)), many("seconds"), many("chunks"), height, width, given["steps"],
+            given["guidance"], given["negative"] or "",
+        )  # fmt: skip
+    return Plan(matrix.models or (options.DEFAULT_MODEL,), settings=(), device=device, takes=matrix)

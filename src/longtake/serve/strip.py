@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..plan import COMPRESSED, FULL, Choose, Entry
+from ..history.sight import BlockSight
+from ..history.sight import Sight as _Sight
+from ..plan import COMPRESSED, FULL
 
 if TYPE_CHECKING:
-    from ..history import History
     from ..plan import Block
     from ..session import Session
 
@@ -29,45 +31,24 @@ class StripBlock(NamedTuple):
 
 
 class Sight:
-    """Notes what a session's history shows each chunk, as its K/V are written: by then open choices are made."""
+    """Notes what a session's history shows each chunk."""
 
     def __init__(self, session: Session) -> None:
-        self._history: History = session.history
-        self._seen: dict[tuple[int, str], int] = {}
-        self._writing = -1  # the block that is being written: the chunk itself
-        session.history.probe = self._note
+        self._history = session.history
+        self._sight = _Sight(session.history)
 
     def row(self) -> list[StripBlock]:
         """What is held after the last chunk, and what of it the chunk saw; itself included, as seen by itself."""
         blocks = [block for block in self._history.table().blocks if block.forms]
         if len(blocks) > _MOST:
             blocks = blocks[:_OLDEST] + blocks[_OLDEST - _MOST :]
-        return [self._told(block) for block in blocks]
+        past = {sight.block.id: sight for sight in self._sight.past()}
+        return [self._told(block, past.get(block.id, BlockSight(block))) for block in blocks]
 
-    def _told(self, block: Block) -> StripBlock:
+    def _told(self, block: Block, sight: BlockSight) -> StripBlock:
         held = {form: block.forms[form].count if form in block.forms else 0 for form in (FULL, COMPRESSED)}
         tokens = max((form.tokens for name, form in block.forms.items() if name == FULL), default=0)
-        seen = {form: self._seen.get((block.id, form), 0) for form in held}
-        if block.id == self._writing or (block.role == "fused" and not any(seen.values())):
+        seen = {form: math.ceil(round(sight.tokens(form), 6)) for form in held}
+        if block.id == self._sight.own or (block.role == "fused" and not any(seen.values())):
             seen[FULL] = held[FULL]  # the chunk sees itself; and what it has just fused
         return StripBlock(block.frame, block.span, tokens, held[FULL], held[COMPRESSED], seen[FULL], seen[COMPRESSED])
-
-    def _note(self, stream: str, block: int, write: bool, layers: Any) -> None:
-        if not write or stream != self._history.streams[0]:
-            return
-        view, counts = self._history.views[stream], {b.id: b for b in self._history.blocks}
-        seen: dict[tuple[int, str], float] = {}
-        choices = iter(view.choices)
-        for entry in view.plan.entries if view.plan is not None else ():
-            if isinstance(entry, Entry):
-                owned = counts[entry.block].forms[entry.form].count
-                seen[(entry.block, entry.form)] = owned if entry.tokens is None else len(entry.tokens)
-            elif isinstance(entry, Choose):
-                picked = [set(places.flatten().tolist()) for places, *_ in next(choices).picked.values()]
-                for place, candidate in enumerate(entry.candidates):
-                    if layers_seeing := sum(place in chosen for chosen in picked):
-                        owned = counts[candidate].forms[entry.form].count
-                        seen[(candidate, entry.form)] = owned * layers_seeing / len(picked)
-            else:
-                seen |= {(b, FULL): counts[b].forms[FULL].count for b in entry.blocks if b in counts}
-        self._seen, self._writing = {key: -int(-count // 1) for key, count in seen.items()}, block

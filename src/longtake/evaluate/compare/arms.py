@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import LongtakeError
+from ...named import spec as described
 from ...plan import HistoryShape
 from ...policies import FullHistory, KVPolicy, SlidingWindow, registry
+from ...reuse import NoReuse, ReusePolicy
+from ...reuse import registry as reuses
 
 TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED = "truth", "frozen", "loop", "no history", "shuffled"
 CONTROLS = (TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED)
@@ -17,17 +20,28 @@ MODEL_FREE = (TRUTH, FROZEN, LOOP)  # pictures made of the given frames, without
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of a comparison. `budget` is in bytes of history and None where nothing was fitted."""
+    """One row of a comparison. `budget` is in bytes of history and None where nothing was fitted; `reuse` is None where
+    every forward is computed."""
 
     name: str
     policy: KVPolicy | None = None
     control: str = ""
     budget: int | None = None
+    reuse: ReusePolicy | None = None
+    reuse_name: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """What identifies the arm: name, the policy's own name and options, budget."""
-        described = registry.describe(self.policy) if self.policy is not None else None
-        return {"name": self.name, "control": self.control, "policy": described, "budget": self.budget}
+        """What identifies the arm: name, the policy's own name and options, budget; and the same of reuse, if any."""
+        policy = registry.describe(self.policy) if self.policy is not None else None
+        told = {"name": self.name, "control": self.control, "policy": policy, "budget": self.budget}
+        if self.reuse is not None:
+            told |= {"reuse": reuses.describe(self.reuse), "reuse_name": self.reuse_name}
+        return told
+
+    @property
+    def reference(self) -> Arm | None:
+        """The arm that this one should equal but for what it saves: the same policy with every forward computed."""
+        return None if self.reuse is None else replace(self, reuse=None, reuse_name="")
 
 
 def controls(shape: HistoryShape) -> list[Arm]:
@@ -61,6 +75,36 @@ def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes
                 notes.append(f"{_at(spec, budget)} is the same policy as {_at(same.name, same.budget)}")
                 continue
             found.append(Arm(name, chosen, budget=budget))
+    return found
+
+
+def take_arms(
+    specs: Sequence[str], frames: Sequence[int], reuse: Sequence[str], shape: HistoryShape, own: KVPolicy,
+    notes: list[str],
+) -> list[Arm]:  # fmt: skip
+    """Policies of free takes, as their specs have them, or fitted to the bytes of so many latent frames where `frames`
+    are given; each of them with each kind of reuse. Without specs it is the model's `own` policy.
+
+    Raises LongtakeError for an unknown policy or reuse policy.
+    """
+    rows: list[Arm] = []
+    if frames:
+        rows = arms(specs or [described(own)], frames, shape, notes)
+    for spec in () if frames else dict.fromkeys(specs or [described(own)]):
+        policy = registry.parse(spec) if specs else own
+        try:
+            policy.settle(shape).check(shape)
+        except LongtakeError as error:
+            notes.append(f"{spec}: {error}")
+            continue
+        rows.append(Arm(spec, policy))
+    found: list[Arm] = []
+    for row in rows:
+        for name in dict.fromkeys(reuse):
+            parsed = reuses.parse(name)
+            arm = row if isinstance(parsed, NoReuse) else replace(row, reuse=parsed, reuse_name=name)
+            if arm not in found:
+                found.append(arm)
     return found
 
 

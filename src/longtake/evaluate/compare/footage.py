@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ...decoding import encode
 from ...hosts.base import Decoder, Host
 from ...zoo import lanes, readback
 from ..provenance import write_atomically
+from .writing import writing
 
 FIRST_SEED = 1 << 41  # training draws its scenes below 1 << 40
 PIECE = 64  # latent frames encoded at once
@@ -91,7 +93,8 @@ def probes(scene: lanes.Scene, frames: int, chunk: int) -> list[Probe]:
 def true_latents(host: Host, scene: lanes.Scene, frames: int, cache: Path | None = None) -> Tensor:
     """Latents [1, C, frames, h, w] of a scene from its beginning; kept in the file `cache`."""
     if cache is not None and cache.exists():
-        return load_file(cache)["latents"]
+        with contextlib.suppress(SafetensorError, KeyError, OSError):  # a damaged file is made again
+            return load_file(cache)["latents"]
     parts = []
     for first in range(0, frames, PIECE):
         warm = WARM if first else 0
@@ -100,12 +103,24 @@ def true_latents(host: Host, scene: lanes.Scene, frames: int, cache: Path | None
         video = scene.render(lanes.STRIDE * (length - 1) + 1, begin)
         pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
         with _fast(host):
-            encoded = encode(host.vae, pixels)  # type: ignore[attr-defined]
-        parts.append(encoded.float().cpu()[:, :, warm:])
+            parts.append(_encoded(host, pixels).cpu()[:, :, warm:])
     latents = torch.cat(parts, 2)
     if cache is not None:
-        write_atomically(cache, save({"latents": latents.contiguous()}))
+        with writing():
+            write_atomically(cache, save({"latents": latents.contiguous()}))
     return latents
+
+
+def has_codec(host: Host) -> bool:
+    """Whether a model can turn frames into latents and back."""
+    return getattr(host, "vae", None) is not None or getattr(host, "codec", None) is not None
+
+
+def _encoded(host: Host, pixels: Tensor) -> Tensor:
+    """Latents of float pixels [1, 3, T, H, W]: fp32, or the codes of a model that draws codes."""
+    if host.codes:
+        return host.codec.encode(pixels)  # type: ignore[attr-defined]
+    return encode(host.vae, pixels).float()  # type: ignore[attr-defined]
 
 
 def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
@@ -113,7 +128,9 @@ def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
 
 
 def _fast(host: Host) -> contextlib.AbstractContextManager[Any]:
-    """Half precision for the autoencoder on a CPU that has it: about a third of the time, for a grey level or two."""
-    if torch.device(host.device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """Half precision for the autoencoder on a CPU that has it: about a third of the time, for a grey level or two. Not
+    for codes, of which another one is another picture."""
+    on_cpu = torch.device(host.device).type == "cpu"
+    if on_cpu and not host.codes and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()

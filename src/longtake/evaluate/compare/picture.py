@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from ...zoo import lanes, readback
+from ..metrics.likeness import ssim_map
 
 
 def psnr(video: np.ndarray, lawful: np.ndarray) -> float:
     """Peak signal to noise ratio of two uint8 videos in decibels."""
     error = np.square(video.astype(np.float64) - lawful.astype(np.float64)).mean()
     return round(float(10 * np.log10(255.0**2 / max(error, 1e-9))), 3)
-
-
-def ssim_map(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Structural similarity [T, H, W] of videos [T, H, W, 3] at every pixel (Wang et al. 2004: Gaussian of 11 x 11,
-    sigma 1.5; grey)."""
-    grid = torch.arange(11, dtype=torch.float32) - 5
-    line = torch.exp(-(grid**2) / (2 * 1.5**2))
-    kernel = torch.outer(line, line)
-    kernel = (kernel / kernel.sum())[None, None]
-    x, y = (torch.from_numpy(v.astype(np.float32)).mean(-1)[:, None] for v in (first, second))
-    blur = lambda z: functional.conv2d(functional.pad(z, (5, 5, 5, 5), mode="reflect"), kernel)
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    a, b = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mx * my + a) * (2 * cov + b) / ((mx * mx + my * my + a) * (vx + vy + b)))[:, 0].numpy()
 
 
 def off_actor_ssim(video: np.ndarray, scene: lanes.Scene, start: int, every: int = 16) -> float:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...hosts.base import Host
-from ...samplers.chunked import NoiseSource
 from ...session import Session
 from ...zoo import lanes, readback
 from . import arms as names
@@ -22,7 +21,7 @@ from .course import course
 from .footage import Footage, Probe, probes
 from .picture import psnr
 
-CHUNKS = 2  # generated at every probe
+CHUNKS, FRAMES = 2, 6  # generated at every probe, at least: so long an actor takes to be seen whole
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,12 @@ class Setting:
     def length(self, host: Host) -> int:
         """All latent frames of a cell's take."""
         chunk = host.config.chunk_frames
-        return self.given(host) + (CHUNKS * chunk if self.protocol == "A" else self.free // chunk * chunk)
+        return self.given(host) + chunk * (ahead(chunk) if self.protocol == "A" else self.free // chunk)
+
+
+def ahead(chunk: int) -> int:
+    """How many chunks of so many latent frames are generated at a probe."""
+    return max(CHUNKS, math.ceil(FRAMES / chunk))
 
 
 def run(arm: Arm, footage: Footage, setting: Setting) -> dict[str, Any]:
@@ -64,12 +68,12 @@ def teacher_forced(arm: Arm, footage: Footage, setting: Setting) -> dict[str, An
     cell: dict[str, Any] = {"events": [], "psnr": [], "attended_tokens": 0, "bytes": {}}
     for probe in probes(footage.scene, setting.given(host), chunk):
         if take is None:
-            video = _without_model(arm.control, footage, truth, probe.frame, CHUNKS * chunk)
+            video = _without_model(arm.control, footage, truth, probe.frame, ahead(chunk) * chunk)
         else:
             while take.frame < probe.frame:
                 take.extend(shown[:, :, take.frame : take.frame + chunk])
             made = []
-            for generated in fork(take, 1000 * seed + probe.frame, CHUNKS):
+            for generated in fork(take, 1000 * seed + probe.frame, ahead(chunk)):
                 made.append(generated.latents[None])
                 cell["attended_tokens"] = max(cell["attended_tokens"], generated.stats.attended_tokens)
             cell["bytes"] = held(take)
@@ -105,7 +109,7 @@ def fork(take: Session, seed: int, chunks: int) -> Session:
     """A copy of the take in memory that makes `chunks` more chunks from noise of its own, and ends."""
     # The model is shared; a policy is a value. The last chunk of a take that ends needs no commit pass.
     twin = copy.deepcopy(take, {id(shared): shared for shared in (take.host, take.policy, take.compressor)})
-    twin.noise = NoiseSource([torch.Generator().manual_seed(seed)])
+    twin.noise = twin.sampler.noise([torch.Generator().manual_seed(seed)])
     twin.chunks = twin.index + chunks
     return twin
 
@@ -132,7 +136,8 @@ def _without_model(control: str, footage: Footage, truth: Tensor, frame: int, le
     """What a control shows from latent frame `frame` on, for `length` latent frames: the autoencoder's own picture."""
     if control == names.TRUTH:
         return footage.pixels(frame, truth[:, :, frame : frame + length])
-    past = truth[:, :, max(0, frame - CHUNKS * footage.host.config.chunk_frames) : frame]
+    chunk = footage.host.config.chunk_frames
+    past = truth[:, :, max(0, frame - ahead(chunk) * chunk) : frame]
     recent = footage.pixels(frame - past.shape[2], past)
     frames = lanes.STRIDE * length
     piece = recent[-1:] if control == names.FROZEN else recent

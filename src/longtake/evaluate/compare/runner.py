@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +16,18 @@ from ...errors import LongtakeError
 from ...hosts.base import Host, HostConfig
 from ...hosts.loading import embedded, load
 from ...plan import HistoryShape
-from ...policies import registry
-from ...session import history_shape
+from ...session import default_policy, history_shape
 from ...zoo import lanes
 from ..provenance import provenance
-from .arms import Arm, arms, controls
+from .against import compare_takes, likeness, reference_of
+from .arms import Arm, arms, controls, take_arms
 from .cells import Cell, Store, fingerprint, label_of
-from .footage import Footage
+from .executor import Executor, Here, Job, Prepare, Processes
+from .footage import Footage, has_codec
+from .matrix import Matrix
 from .protocols import Setting, run
+from .takes import TakeSetting, make_take
+from .writing import StoreError
 
 WORLD = "lanes"
 
@@ -38,7 +36,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared: models × arms × seeds under each setting."""
+    """What is to be compared: models × arms × seeds under each setting, or a matrix of free takes."""
 
     models: tuple[str, ...]
     policies: tuple[str, ...] = ()  # empty: every policy that has a name
@@ -46,6 +44,13 @@ class Plan:
     seeds: int = 32
     settings: tuple[Setting, ...] = (Setting(),)
     device: str | None = None
+    takes: Matrix | None = None  # instead of settings
+
+    @property
+    def classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Policies and reuse policies by the names they were given."""
+        matrix = self.takes
+        return (*self.policies, *(matrix.policies if matrix else ())), matrix.reuse if matrix else ()
 
 
 def default_models() -> tuple[str, ...]:
@@ -62,20 +67,21 @@ def default_models() -> tuple[str, ...]:
 def cells(plan: Plan, notes: list[str]) -> list[Cell]:
     """All cells of a plan, seeds outermost, so that whatever is finished is a fair sample. Why a policy is not among
     them goes into `notes`. Raises LongtakeError for a model or a policy that cannot be compared."""
+    if plan.takes is not None:
+        return _cells_of_takes(plan, plan.takes, notes)
     if plan.seeds < 1:
         raise LongtakeError(f"{plan.seeds} seeds: give at least 1")
     listed: list[tuple[str, str, str, list[Arm]]] = []
     for model in plan.models:
         host = _host(model, plan.device)
-        if getattr(host, "vae", None) is None or host.config.world != WORLD:
+        if host.config.world != WORLD or not has_codec(host):
             raise LongtakeError(
                 f"{model} was not trained on the procedural world, so there is no ground truth to read it against: "
                 "give a folder that `longtake train tiny-wan` wrote"
             )
         shape = shape_of(host)
         rows = [*controls(shape), *arms(plan.policies, plan.budgets or default_budgets(host.config), shape, notes)]
-        folder = embedded().get(model) or Path(model).expanduser()
-        listed.append((model, fingerprint(folder), str(host.dtype).removeprefix("torch."), rows))
+        listed.append((model, *_weights(model, host), rows))
     return [
         Cell(model, weights, dtype, arm, seed, setting)
         for seed in range(plan.seeds)
@@ -85,30 +91,76 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
     ]
 
 
+def _cells_of_takes(plan: Plan, matrix: Matrix, notes: list[str]) -> list[Cell]:
+    """The same of free takes; arms without reuse come first, since others are measured against them."""
+    listed: list[tuple[str, str, str, Arm, TakeSetting]] = []
+    for model in plan.models:
+        host = _host(model, plan.device)
+        geometry = host.geometry(matrix.height, matrix.width)
+        guidance = host.config.guidance_scale if matrix.guidance is None else matrix.guidance
+        shape = history_shape(host, geometry, streams=len(host.streams(guidance)))
+        weights = _weights(model, host)
+        rows = take_arms(matrix.policies, matrix.budgets, matrix.reuse, shape, default_policy(host), notes)
+        lengths = dict.fromkeys([*matrix.chunks, *(geometry.chunks(seconds) for seconds in matrix.seconds)])
+        for chunks, prompt in itertools.product(lengths, matrix.prompts):
+            setting = TakeSetting(
+                prompt, chunks, geometry.height, geometry.width, matrix.steps, matrix.guidance, matrix.negative
+            )
+            listed += [(model, *weights, arm, setting) for arm in rows]
+    listed.sort(key=lambda each: bool(each[3].reuse))  # stable
+    return [
+        Cell(model, weights, dtype, arm, seed, setting)
+        for seed in matrix.seeds
+        for model, weights, dtype, arm, setting in listed
+    ]
+
+
 def execute(
     plan: Plan, todo: Sequence[Cell], store: Store, folder: Path, workers: int = 1,
-    progress: Progress = lambda done, total, last: None, prepare: Callable[[], None] | None = None,
+    progress: Progress = lambda done, total, last: None, prepare: Prepare | None = None,
+    executor: Executor | None = None,
 ) -> list[str]:  # fmt: skip
-    """Make every cell of `todo` that is not in the store; returns a line for every arm that failed, once. Failed cells
-    are tried again by the next run. `prepare` is called once in every worker process."""
+    """Make every cell of `todo` that is not in the store, and measure takes against their references; returns a line
+    for every arm that failed, once, and for every damaged cell, which is made again. Failed cells are tried again by
+    the next run. `prepare` is called once in every worker process; `executor` takes the place of those processes.
+
+    Raises StoreError if the folder cannot be written."""
+    if executor is None:
+        executor = Processes(workers, plan.classes, prepare) if workers > 1 else Here()
+    notes = _set_aside(todo, store)
     missing = [cell for cell in todo if cell not in store]
     done, failed = len(todo) - len(missing), dict[str, list[int]]()
     progress(done, len(todo), "")
-    if workers > 1:
-        work = _apart(plan, missing, store, folder, workers, prepare)
-    else:
-        work = ((cell, make(cell, store, folder, plan.device)) for cell in missing)
-    for cell, error in work:
+    jobs = [
+        Job(i, _group(cell), partial(make, cell, store, folder, plan.device)) for i, cell in enumerate(missing)
+    ]  # fmt: skip
+    for job, error in executor.run(jobs):
+        cell = missing[job.number]
         done += 1
         progress(done, len(todo), cell.arm.name)
         if error:
             failed.setdefault(f"{label_of(cell)}: {error}", []).append(cell.seed)
-    return [f"{line} ({_counted(len(seeds))}, seed {min(seeds)} first)" for line, seeds in failed.items()]
+    pairs = [(cell, other) for cell in todo if cell in store and (other := _due(store, cell)) is not None]
+    jobs = [
+        Job(i, _group(cell), partial(measure, cell, other, store, plan.device)) for i, (cell, other) in enumerate(pairs)
+    ]
+    for job, error in executor.run(jobs) if jobs else ():
+        cell = pairs[job.number][0]
+        progress(done, len(todo), f"{cell.arm.name} against its reference")
+        if error:
+            failed.setdefault(f"{label_of(cell)}, against its reference: {error}", []).append(cell.seed)
+    for cell in todo:
+        if cell in store and reference_of(cell) is not None and likeness(store, cell) is None:
+            line = f"{label_of(cell)}: no reference to measure it against; let --reuse have none too"
+            if not any(known.startswith(f"{label_of(cell)}, against its reference: ") for known in failed):
+                failed.setdefault(line, []).append(cell.seed)
+    return notes + [f"{line} ({_counted(len(seeds))}, seed {min(seeds)} first)" for line, seeds in failed.items()]
 
 
 def shape_of(host: Host) -> HistoryShape:
     """The sizes of a comparison's takes."""
-    return history_shape(host, host.geometry(lanes.SIZE, lanes.SIZE))
+    streams = len(host.streams(host.config.guidance_scale))
+    return history_shape(host, host.geometry(lanes.SIZE, lanes.SIZE), streams=streams)
 
 
 def training_frames(plan: Plan) -> dict[str, int]:
@@ -136,58 +188,75 @@ def make(cell: Cell, store: Store, folder: Path, device: str | None) -> str:
     if cell in store:  # made by another run meanwhile
         return ""
     host = _host(cell.model, device)
-    footage = _footage(cell.model, device, cell.weights, cell.seed, cell.setting, folder)
-    started = time.perf_counter()
+    setting, started = cell.setting, time.perf_counter()
+    origin = lambda: {**_origin(str(host.device)), "seconds": round(time.perf_counter() - started, 3)}
     try:
-        outcome = run(cell.arm, footage, cell.setting)
+        if isinstance(setting, TakeSetting):
+            with store.workshop(cell) as made:
+                outcome = make_take(cell.arm, host, setting, cell.seed, made)
+                store.put(cell, outcome, {**origin(), "config": cell.key}, made)
+        else:
+            footage = _footage(cell.model, device, cell.weights, cell.seed, setting, folder)
+            started = time.perf_counter()
+            store.put(cell, run(cell.arm, footage, setting), origin())
+    except StoreError:
+        raise
     except Exception as error:  # a policy may be anybody's
-        lines = str(error).splitlines() or [""]
-        return lines[0] if isinstance(error, LongtakeError) else f"{type(error).__name__}: {lines[0]}"
-    seconds = round(time.perf_counter() - started, 3)
-    store.put(cell, outcome, {**_origin(str(host.device)), "seconds": seconds})
+        return _reason(error)
     return ""
 
 
-def _apart(
-    plan: Plan, missing: list[Cell], store: Store, folder: Path, workers: int, prepare: Callable[[], None] | None
-) -> Iterator[tuple[Cell, str]]:
-    # A pool of one process for each worker, and all cells of a seed in one of them: its frames are encoded once.
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        options: dict[str, Any] = {"mp_context": context, "initializer": _begin, "initargs": (plan.policies, prepare)}
-        pools = [ProcessPoolExecutor(1, **options) for _ in range(min(workers, plan.seeds))]
-        for pool in pools:
-            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        jobs: dict[Future[str], Cell] = {
-            pools[cell.seed % len(pools)].submit(make, cell, store, folder, plan.device): cell for cell in missing
-        }
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BrokenProcessPool:
-            raise LongtakeError(
-                "a worker process was killed, perhaps for want of memory: the same command goes on, with fewer "
-                "--workers if need be"
-            ) from None
+def measure(cell: Cell, reference: Cell, store: Store, device: str | None) -> str:
+    """Measure a take against its reference and keep the figures; if that fails, the first line of why."""
+    try:
+        compare_takes(_host(cell.model, device), store, cell, reference)
+    except StoreError:
+        raise
+    except Exception as error:
+        return _reason(error)
+    return ""
 
 
-def _begin(policies: Sequence[str], prepare: Callable[[], None] | None) -> None:
-    """What a worker does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: finish the cell first
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    for spec in policies:
-        if ".py:" in spec:  # cells are unpickled after this: their policy's class has to be there
-            registry.parse(spec)
-    if prepare is not None:
-        prepare()
+def _due(store: Store, cell: Cell) -> Cell | None:
+    """The reference that a finished cell has yet to be measured against, if it is there."""
+    reference = reference_of(cell)
+    there = reference is not None and reference in store
+    return reference if there and likeness(store, cell) is None else None
 
 
-def _end_with_parent() -> None:
-    # A pool's process does not notice that its parent was killed: it would wait for work for ever.
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+def _set_aside(todo: Sequence[Cell], store: Store) -> list[str]:
+    """Move damaged cells out of the way; a line for each."""
+    notes = []
+    for cell in todo:
+        if cell in store and (damage := store.damage(cell)):
+            kept = store.set_aside(cell)
+            notes.append(
+                f"cell {cell.key} ({label_of(cell)}, seed {cell.seed}) was damaged, {damage}: it was set aside as "
+                f"cells/{kept} and is made again"
+            )
+    return notes
+
+
+def _group(cell: Cell) -> int:
+    """Cells that share frames: those of a scene, or of a prompt."""
+    if isinstance(cell.setting, Setting):
+        return cell.seed
+    return hash((cell.seed, cell.model, cell.setting.prompt))
+
+
+def _weights(model: str, host: Host) -> tuple[str, str]:
+    """Hash of a model's files, and the type it computes with."""
+    folder = embedded().get(model) or Path(model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, local_files_only=True))  # it has just been loaded
+    return fingerprint(folder), str(host.dtype).removeprefix("torch.")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return lines[0] if isinstance(error, LongtakeError) else f"{type(error).__name__}: {lines[0]}"
 
 
 @lru_cache(maxsize=4)

@@ -46,21 +46,21 @@ def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any
     everything = lambda e: True
     row: dict[str, Any] = {"events": sum(len(cell["outcome"]["events"]) for cell in found), "seeds": len(found)}
     for key in ("colour", "texture"):
-        row[f"recall_{key}"] = _estimate(events(everything, key))
-        row[f"recall_{key}_in_range"] = _estimate(events(lambda e: e["age"] <= training and not e["repainted"], key))
-        row[f"recall_{key}_repainted"] = _estimate(events(lambda e: e["repainted"], key))
-        row[f"recall_{key}_far_in_sink"] = _estimate(
+        row[f"recall_{key}"] = estimate(events(everything, key))
+        row[f"recall_{key}_in_range"] = estimate(events(lambda e: e["age"] <= training and not e["repainted"], key))
+        row[f"recall_{key}_repainted"] = estimate(events(lambda e: e["repainted"], key))
+        row[f"recall_{key}_far_in_sink"] = estimate(
             events(lambda e: e["age"] > training and e["in_sink"] and not e["repainted"], key)
         )
         row[f"recall_{key}_by_gap"] = {
-            str(gap): _estimate(events(lambda e, gap=gap: e["gap"] == gap, key))
+            str(gap): estimate(events(lambda e, gap=gap: e["gap"] == gap, key))
             for gap in sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
         }
     for key in ("lawful", "missing", "duplicated"):
-        row[key] = _estimate(events(everything, key))
+        row[key] = estimate(events(everything, key))
     distances = [e["distance"] for cell in found for e in cell["outcome"]["events"] if e["distance"] is not None]
     row["distance_px"] = round(float(np.median(distances)), 2) if distances else None
-    row["psnr_db"] = _estimate({cell["seed"]: cell["outcome"]["psnr"] for cell in found})
+    row["psnr_db"] = estimate({cell["seed"]: cell["outcome"]["psnr"] for cell in found})
     return row | _cost(found)
 
 
@@ -69,13 +69,13 @@ def _free(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
     each = lambda key: {cell["seed"]: [cell["outcome"][key]] for cell in found}
     row: dict[str, Any] = {"events": sum(len(c["outcome"]["returns"]) for c in found), "seeds": len(found)}
     for key in ("colour", "texture", "duplicated"):
-        row[key if key == "duplicated" else f"recall_{key}"] = _estimate(returns(key))
-    row["chunks_to_first_error"] = _estimate({
+        row[key if key == "duplicated" else f"recall_{key}"] = estimate(returns(key))
+    row["chunks_to_first_error"] = estimate({
         cell["seed"]: [float(cell["outcome"]["first_error"] if cell["outcome"]["first_error"] is not None
                              else cell["outcome"]["chunks"])] for cell in found
     })  # fmt: skip
     for key in ("clock_lawful", "background_ssim", "luma_slope", "contrast_slope"):
-        row[key] = _estimate(each(key))
+        row[key] = estimate(each(key))
     return row | _cost(found)
 
 
@@ -89,7 +89,8 @@ def _cost(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _estimate(hits: Hits) -> dict[str, Any]:
+def estimate(hits: Hits) -> dict[str, Any]:
+    """Number, mean and 95 % interval as JSON values; of nothing, the number alone."""
     count = sum(map(len, hits.values()))
     if not count:
         return {"n": 0}

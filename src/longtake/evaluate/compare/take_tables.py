@@ -1,0 +1,114 @@
+"""From finished free takes to tables: one for each model and length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..metrics import DEFINITIONS
+from .adapters import imported_lpips, imported_vbench
+from .against import likeness, reference_of
+from .cells import Cell, Store, label_of
+from .statistics import Hits
+from .summary import estimate as _estimate
+from .takes import TakeSetting
+
+Found = list[tuple[int, Cell, dict[str, Any]]]  # cluster, cell, its content
+
+
+def take_tables(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
+    """Tables as JSON values, of the finished cells; see `rows[]` for what is missing. Takes of one prompt and seed are
+    kin: intervals draw them together."""
+    groups: dict[tuple[Any, ...], dict[str, list[Cell]]] = {}
+    for cell in todo:
+        assert isinstance(cell.setting, TakeSetting)
+        size = (cell.model, cell.setting.chunks, cell.setting.height, cell.setting.width)
+        groups.setdefault(size, {}).setdefault(label_of(cell), []).append(cell)
+    tables = []
+    for (model, chunks, height, width), by_arm in groups.items():
+        every = [cell for cells in by_arm.values() for cell in cells]
+        prompts = list(dict.fromkeys(cell.setting.prompt for cell in every))  # type: ignore[union-attr]
+        seeds = sorted({cell.seed for cell in every})
+        place = lambda cell, prompts=prompts: (prompts.index(cell.setting.prompt), cell.seed)
+        rows, seconds, fps = [], None, None
+        for label, cells in by_arm.items():
+            ordered = sorted(cells, key=place)
+            kin = {at: number for number, at in enumerate(sorted({place(cell) for cell in every}))}
+            found = [(kin[place(cell)], cell, store.get(cell)) for cell in ordered if cell in store]
+            missing = len(ordered) - len(found)
+            rows.append({"arm": label, **_identity(ordered[0]), "missing": missing, **_row(found, store)})
+            for _, _, content in found[:1]:
+                fps = content["outcome"]["fps"]
+                seconds = round(content["outcome"]["frames"] / fps, 3)
+        tables.append({
+            "model": model, "chunks": chunks, "seconds": seconds, "fps": fps, "height": height, "width": width,
+            "prompts": prompts, "seeds": seeds, "rows": rows,
+        })  # fmt: skip
+    return tables
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    told = cell.arm.as_dict()
+    reference = reference_of(cell)
+    return {
+        "name": told["name"], "policy": told["policy"], "budget": told["budget"],
+        "reuse_name": told.get("reuse_name", "none"), "against": None if reference is None else label_of(reference),
+    }  # fmt: skip
+
+
+def _row(found: Found, store: Store) -> dict[str, Any]:
+    row: dict[str, Any] = {"cells": [cell.key for _, cell, _ in found], "takes": len(found)}
+    outcome: Callable[[str], Hits] = lambda key: _hits(found, lambda cell, out: out[key])
+    for name in DEFINITIONS:
+        if any(name in content["outcome"]["metrics"] for _, _, content in found):
+            row[name] = estimate(_hits(found, lambda cell, out, name=name: _value(out["metrics"].get(name))))
+    pairs = {cell.key: likeness(store, cell) for _, cell, _ in found}
+    row["against_missing"] = sum(reference_of(cell) is not None and pairs[cell.key] is None for _, cell, _ in found)
+    for name, key in (("psnr_db", "psnr"), ("ssim", "ssim")):
+        if any(pairs.values()):
+            row[name] = estimate(_hits(found, lambda cell, out, key=key: (pairs[cell.key] or {}).get(key)))
+    distances = {cell.key: imported_lpips(store.files(cell)) for _, cell, _ in found}
+    if any(value is not None for value in distances.values()):
+        row["lpips"] = estimate(_hits(found, lambda cell, out: distances[cell.key]))
+    scores = {cell.key: imported_vbench(store.files(cell)) for _, cell, _ in found}
+    for dimension in sorted({name for each in scores.values() for name in each}):
+        row[f"vbench_{dimension}"] = estimate(
+            _hits(found, lambda cell, out, dimension=dimension: scores[cell.key].get(dimension))
+        )
+    row["chunk_seconds"] = estimate(_hits(found, lambda cell, out: out["chunk_seconds"]["median"]))
+    row["realtime"], row["attended_total"] = estimate(outcome("realtime")), estimate(outcome("attended_total"))
+    row["reused_share"] = estimate(_hits(found, lambda cell, out: _share(out["reused"], out["forwards"])))
+    row["skipped_flops_share"] = estimate(_hits(found, lambda cell, out: _share(out["skipped_flops"], out["flops"])))
+    most = lambda pick: max((pick(content["outcome"]) for _, _, content in found), default=0)
+    row["attended_tokens"] = most(lambda out: out["attended_tokens"])
+    row["device_bytes"] = most(lambda out: out["bytes"].get("device", 0))
+    row["total_bytes"] = most(lambda out: out["bytes"].get("total", 0))
+    seconds = [content["origin"]["seconds"] for _, _, content in found]
+    row["seconds_per_cell"] = round(float(np.median(seconds)), 2) if seconds else None
+    return row
+
+
+def estimate(hits: Hits) -> dict[str, Any]:
+    """As in other tables; without an interval where there is one prompt and seed only."""
+    told = _estimate(hits)
+    return {**told, "ci95": None} if len(hits) < 2 and told["n"] else told
+
+
+def _hits(found: Found, pick: Callable[[Cell, dict[str, Any]], float | None]) -> Hits:
+    hits: dict[int, list[float]] = {}
+    for kin, cell, content in found:
+        value = pick(cell, content["outcome"])
+        if value is not None:
+            hits.setdefault(kin, []).append(float(value))
+    return hits
+
+
+def _value(metric: Any) -> float | None:
+    return metric["slope"] if isinstance(metric, dict) else metric
+
+
+def _share(part: float, rest: float) -> float:
+    """Of a part in part and rest."""
+    return part / (part + rest) if part + rest else 0.0
