@@ -32,9 +32,9 @@ OTHER = "a green square moving on a light background"
 def serving(
     host: Host, state: Path, tokens: dict[str, str] | None = None, memory: int = 10**9, **settings: Any
 ) -> Iterator[tuple[Client, Server]]:  # fmt: skip
-    """A server whose only model is `tiny-wan`; ends as at a signal."""
+    """A server whose only model is `tiny-shapes`; ends as at a signal."""
     options = {"creations_per_minute": 10**6} | settings
-    service = service_of([{"tiny-wan": host}], Settings(state=state, **options), memory)
+    service = service_of([{"tiny-shapes": host}], Settings(state=state, **options), memory)
     server = Server(service, Tokens(tokens), port=0)
     thread = threading.Thread(target=server.run)
     thread.start()

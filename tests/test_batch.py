@@ -61,7 +61,7 @@ def test_every_good_line_is_made_and_every_bad_one_is_told_with_its_number(finis
 def test_a_result_is_the_take_that_the_library_makes_and_says_where_it_came_from(finished):
     _, out, _, _ = finished
     record = json.loads((out / "takes" / "square" / RECORD).read_text())
-    host = longtake.load("tiny-wan", device="cpu")
+    host = longtake.load("tiny-shapes", device="cpu")
     take = longtake.Session(host, longtake.SlidingWindow(6), prompt=SQUARE["prompt"], chunks=2)
     assert sum(len(chunk.frames) for chunk in take) == record["frames"]
     assert len(read_video(out / "takes" / "square" / VIDEO)) == record["frames"]

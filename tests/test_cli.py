@@ -694,11 +694,12 @@ def test_a_group_without_a_command_shows_its_help():
 def test_models_lists_what_is_embedded_known_and_convertible():
     listed = json.loads(run("models", "--json").stdout)
     own = listed["embedded"]["tiny-wan"]
-    assert own["width"] == 64 and own["steps"] == 4 and own["bytes"] > 1e6 and "shapes" in own["about"]
+    assert own["width"] == 128 and own["steps"] == 4 and 1e6 < own["bytes"] < 6 * 2**20 and "come back" in own["about"]
+    assert listed["embedded"]["tiny-shapes"]["width"] == 64
     assert "gueraf/Self-Forcing-diffusers" in listed["hub"]
     assert listed["families"]["longlive"]["window"] == 12
     text = run("models").stdout
-    for name in ("tiny-wan", "64x64", "gueraf/Self-Forcing-diffusers", "rolling-forcing"):
+    for name in ("tiny-wan", "128x128", "tiny-shapes", "gueraf/Self-Forcing-diffusers", "rolling-forcing"):
         assert name in text
 
 

@@ -230,7 +230,7 @@ def test_the_command_measures_the_embedded_model(tmp_path):
     result = CliRunner().invoke(app, asked.split())
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
-    assert data["model"] == "tiny-wan" and data["rho"] > 0 and data["ages"] == [1, 2, 3, 4, 5, 6]
+    assert data["model"] == "tiny-shapes" and data["rho"] > 0 and data["ages"] == [1, 2, 3, 4, 5, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "decay-fit.png", "decay-heatmap.png", "decay-steps.png", "decay.json"
     ]  # fmt: skip

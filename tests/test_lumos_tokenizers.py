@@ -165,7 +165,7 @@ def test_load_asks_for_trust_and_then_uses_the_pair(tmp_path, pair):
 
 def test_only_lumos_models_take_a_video_tokenizer(pair):
     with pytest.raises(LongtakeError, match="is no Lumos-1 model"):
-        longtake.load("tiny-wan", tokenizer=pair, allow_torchscript=True)
+        longtake.load("tiny-shapes", tokenizer=pair, allow_torchscript=True)
 
 
 # --- our own --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.serving import OTHER, PROMPT, collect, decoded, serving, until
 
 @pytest.fixture(scope="module")
 def host():
-    return longtake.load("tiny-wan", device="cpu")
+    return longtake.load("tiny-shapes", device="cpu")
 
 
 @pytest.fixture(scope="module")

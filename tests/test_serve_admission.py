@@ -15,7 +15,7 @@ from tests.serving import OTHER, PROMPT, serving, until
 
 @pytest.fixture(scope="module")
 def host():
-    return longtake.load("tiny-wan", device="cpu")
+    return longtake.load("tiny-shapes", device="cpu")
 
 
 POLICIES = ["window", "window:frames=9,sink=3", "longlive", "infinity-rope", "packcache", "sink-window:frames=6"]

@@ -35,7 +35,7 @@ TOKENS = {"ada": "a" * 32, "bob": "b" * 32}
 
 @pytest.fixture(scope="module")
 def host():
-    return longtake.load("tiny-wan", device="cpu")
+    return longtake.load("tiny-shapes", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def raw_headers(client: Client) -> bytes:
         {"policy": "/tmp/evil.py:Policy"}, {"policy": "evil.py:Policy"}, {"policy": "window:frames=-1"},
         {"policy": "window:frames=99999999999"}, {"policy": "no-such"}, {"policy": "full"},
         {"reuse": "replay:/etc/passwd"},
-        {"model": "/etc"}, {"model": "owner/hub-model"}, {"model": "tiny-wan/../tiny-wan"}, {"prompt": "x" * 2001},
+        {"model": "/etc"}, {"model": "owner/hub-model"}, {"model": "tiny-shapes/../tiny-shapes"}, {"prompt": "x" * 2001},
         {"prompt": ""}, {"width": 65}, {"width": 8192, "height": 8192}, {"width": -64}, {"seed": -1}, {"seed": 2**63},
         {"image": "!!!"}, {"image": base64.b64encode(b"GIF89a").decode()}, {"unknown": 1}, {"chunks": 0},
         {"guidance_scale": "nan"}, {"num_inference_steps": 10**9}, {"pace": "warp"}, {"output": "/tmp/x.mp4"},
@@ -523,7 +523,7 @@ def test_metrics_and_health_say_how_it_stands(guarded):
     name = client.create(PROMPT, pace="free")["id"]
     until(lambda: client.session(name)["chunk"] >= 1)
     text = request(client, "GET", "/metrics", AUTH)[1].decode()
-    assert 'longtake_sessions{state="running"} 1.0' in text and 'longtake_chunks_total{model="tiny-wan"}' in text
+    assert 'longtake_sessions{state="running"} 1.0' in text and 'longtake_chunks_total{model="tiny-shapes"}' in text
     assert 'longtake_budget_bytes{device="cpu"} 1e+09' in text
     assert name not in text and TOKENS["ada"] not in text
     assert request(client, "GET", "/healthz")[0] == request(client, "GET", "/readyz")[0] == 200

@@ -103,7 +103,7 @@ def _processor_seconds(process: subprocess.Popen) -> float:
 
 @pytest.fixture(scope="module")
 def host():
-    return longtake.load("tiny-wan", device="cpu")
+    return longtake.load("tiny-shapes", device="cpu")
 
 
 def test_no_viewer_that_keeps_up_misses_a_frame_and_twelve_of_them_cost_little(host, tmp_path):
@@ -126,7 +126,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # as the server does for this model
-    host = longtake.load("tiny-wan", device="cpu")
+    host = longtake.load("tiny-shapes", device="cpu")
     bare_loop(host)
     rounds = []
     with tempfile.TemporaryDirectory() as folder, server_process(Path(folder) / "state") as (client, server):

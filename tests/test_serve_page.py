@@ -140,7 +140,7 @@ def _hang_up(end: socket.socket) -> None:
 
 @pytest.fixture(scope="module")
 def host():
-    return longtake.load("tiny-wan", device="cpu")
+    return longtake.load("tiny-shapes", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from longtake.errors import LongtakeError
 from longtake.zoo import causal, stages, tiny_text, tiny_transformer, tiny_vae, world
 
-FOLDER = Path(tiny_vae.__file__).parent / "tiny-wan"
+FOLDER = Path(tiny_vae.__file__).parent / "tiny-shapes"
 FRESH = 1 << 40  # training draws its seeds below 2 ** 30
 
 
