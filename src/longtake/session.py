@@ -21,6 +21,7 @@ from .hosts.base import Decoder, Host, TextState
 from .hosts.loading import load
 from .plan import COMPRESSED, FULL, Drop, HistoryShape, Plan
 from .policies import FullHistory, KVPolicy, KVRange, SlidingWindow
+from .replay import CudaGraphs, Replay, check_graphs
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
 from .samplers import Sampler, Sampling, default_sampler, runner_of
 from .samplers.chunked import CLEAN_TIMESTEP, NoiseSource, Schedule
@@ -59,6 +60,10 @@ class Session:
         residency: where the view lives: "resident", "scratch" or "alias" (see `History`).
         history_dtype: "int8" or "fp8" keeps the past quantised, each token of each head under a scale of its own; what
             is in view is of the model's dtype. None keeps it as it was computed.
+        kernels: "triton" builds the view with Triton kernels, and with a quantised past and a "scratch" view lets
+            attention read the codes; None is PyTorch alone.
+        cuda_graphs: record the forwards of a chunk's steps once the window is full, and replay them: for causal Wan
+            models on CUDA.
         memory_limit: bytes for history and view; "resident" falls back to "scratch" above it.
         keep_latents: keep the latents of every chunk the history holds, so that `rebuild` can rewrite its K/V.
         prompt_switch: what a new prompt does to the past, "keep", "recache", "flush" or "cut" (see `switching`);
@@ -83,8 +88,9 @@ class Session:
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, sampler: Sampler | None = None,
         chunks: int | None = None, num_frames: int | None = None, residency: str = "resident",
-        history_dtype: str | None = None, memory_limit: int | None = None, decode: bool = True,
-        keep_latents: bool = False, prompt_switch: str | None = None,
+        history_dtype: str | None = None, kernels: str | None = None, cuda_graphs: bool = False,
+        memory_limit: int | None = None, decode: bool = True, keep_latents: bool = False,
+        prompt_switch: str | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None, noise: Any = None,
     ) -> None:  # fmt: skip
@@ -148,8 +154,9 @@ class Session:
         self._unobserved = False  # the last step of the chunk in flight was reused
 
         self.noise = noise or self.sampler.noise(_generators(seed, generator, self.batch))
-        self.history_dtype = history_dtype
+        self.history_dtype, self.kernels = history_dtype, kernels
         self.history = self._make_history(residency, memory_limit, given_frames)
+        self._replay = self._recording() if cuda_graphs else None
         self.decode = decode
         seen = self.compressor is not None and self.compressor.wants_pixels
         self.decoder: Decoder | None = self.host.decoder() if decode or seen else None
@@ -363,6 +370,8 @@ class Session:
         parts["latents"] += self._staggered.nbytes if self._staggered is not None else 0
         parts["compressor"] = self._compressing.nbytes + sum(tokens.nbytes for tokens in self._tokens.values())
         parts["reuse"] = self._reuse.nbytes
+        if self._replay is not None:
+            parts["graphs"] = self._replay.nbytes
         return {**parts, "total": sum(parts.values())}
 
     def reuse_schedule(self) -> list[Decision] | None:
@@ -434,7 +443,12 @@ class Session:
             key_sums="key_sums" in self.policy.requires, query_sums="query_sums" in self.policy.requires,
             offloaded=self.policy.offloaded(shape), summed=self.policy.summed(shape),
             dtype=self.host.dtype, device=self.host.device, history_dtype=self.history_dtype,
+            kernels=self.kernels,
         )  # fmt: skip
+
+    def _recording(self) -> Replay:
+        check_graphs(self.host, self.host.config.sampler, self.history.residency)
+        return Replay(self.host, CudaGraphs(self.host.device))
 
     def _stagger(self, sampler: Stagger) -> Staggered:
         """What runs this take, several chunks at a time."""
@@ -643,6 +657,8 @@ class Session:
             with clock.of(self.host.flops(x, stream.text, layers)):
                 if step is not None and self._reuse.carries_residual:
                     velocities[name], residuals[name] = self.host.forward_residual(x, t, stream.text, layers)
+                elif self._replay is not None and step is not None:
+                    velocities[name] = self._replay.forward(name, x, t, stream.text, layers)
                 else:
                     velocities[name] = self.host.forward(x, t, stream.text, layers)
         cond = velocities["cond"]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels as triton_kernels
 from ..errors import LongtakeError, PlanError
 from ..plan import FULL, Block, BlockTable, Drop, Form, Fuse, HistoryShape, Plan, Signals, as_tensor, difference
 from ..rope import RotaryTable
@@ -41,7 +42,8 @@ class History:
     hidden).
     `offloaded` is how many tokens may lie in host memory besides, and how many of those a plan shows at most;
     `summed` how many forms have key sums at once. `history_dtype` "int8" or "fp8" keeps the past quantised; what is in
-    view, the chunk in flight included, is of `dtype`.
+    view, the chunk in flight included, is of `dtype`. `kernels="triton"` builds the view with Triton; where the past is
+    quantised and the view "scratch", attention then reads the codes, and no view is built.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class History:
         residency: str = "resident", score: Score | None = None, offloaded: tuple[int, int] = (0, 0),
         key_sums: bool = False, summed: int = 0, query_sums: bool = False, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", history_dtype: str | None = None,
+        kernels: str | None = None,
     ) -> None:  # fmt: skip
         if residency not in RESIDENCIES:
             raise LongtakeError(f"residency {residency!r}: use one of {', '.join(RESIDENCIES)}")
@@ -62,6 +65,7 @@ class History:
         self.shape, self.rotary, self.residency, self.score = shape, rotary, residency, score
         self.streams = streams
         self.dtype, self.device = dtype, torch.device(device)
+        self.kernels = triton_kernels.check(kernels, self.device, history_dtype)
         self.fixed = capacity is not None
         live = live_tokens or shape.chunk_tokens
         rows = capacity + shape.anchor_tokens if capacity is not None else 8 * live + shape.anchor_tokens
@@ -186,17 +190,19 @@ class History:
     def reopen(self, block: int) -> BlockTable:
         """Make a committed block live again, so that a pass can write its K/V anew where they lie (prompt recache).
         Returns the table as it was when the block was in flight, of what is still held: plan over that, without its
-        drops. Only a whole block can be reopened."""
+        drops. Only a whole block can be reopened; chunks in flight stay as they are, after it."""
         at = self._index(block)
         old = self.blocks[at]
-        if self._live or not self.rewritable(old):
-            raise RuntimeError(f"block {block} cannot be written anew: it has lost tokens, or a chunk is in flight")
+        if any(live.reopened for live in self._live.values()) or not self.rewritable(old):
+            raise RuntimeError(f"block {block} cannot be written anew: it has lost tokens, or another is being written")
         positions = {}
         for stream, store in self.stores.items():
             for form in old.forms:
                 rows = store.held[(block, form)].rows.to(store.base.device)
                 positions[(stream, form)] = (store.base[rows], store.step[rows])
         self._live[block] = Live(positions, reopened=True, scores=self._scored(), queries=self._queries())
+        for later in [b for b in self._live if b > block]:  # oldest first
+            self._live[later] = self._live.pop(later)
         self.blocks[at] = replace(old, role="anchor" if old.role == "anchor" else "live")
         self._close_views()
         return BlockTable(tuple(b for b in self.blocks[:at]), (self.blocks[at],), old.frame)
@@ -304,7 +310,7 @@ class History:
         pinned = host and self.device.type == "cuda"  # copies can overlap with the forwards only from pinned memory
         return Store(
             s.layers, s.batch, rows, s.kv_heads, s.head_dim, self.rotary.axes, self.dtype, device, pinned,
-            self.sums[stream], self.form,
+            self.sums[stream], self.form, self.kernels and not host,
         )  # fmt: skip
 
     def reserve(self, tokens: int) -> None:

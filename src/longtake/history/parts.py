@@ -50,6 +50,9 @@ class Plain(Part):
         self.pieces = stretches(rows, pieces)
 
     def fill(self, layer: int, k: Tensor, v: Tensor, q: Tensor | None) -> None:
+        if self.store.kernels:
+            self.store.show(layer, self.rows, self.phases, self.rotary, k, v)
+            return
         if len(self.pieces) > MANY_PIECES:  # tokens were dropped one by one
             self.store.gather(layer, self.rows, k, v)
             self.rotary.rotate(k, self.phases, out=k)
@@ -62,7 +65,8 @@ class Plain(Part):
     def bind(self, layer: int, k: Tensor, v: Tensor) -> Fill:
         keys, values = self.store.k[layer], self.store.v[layer]
         whole = self.rotary.pairing == "interleaved" and 2 * self.rotary.pairs == k.shape[-1]
-        if len(self.pieces) > MANY_PIECES or k.dtype != torch.float32 or not whole or self.store.form is not None:
+        read = self.store.form is not None or self.store.kernels
+        if len(self.pieces) > MANY_PIECES or k.dtype != torch.float32 or not whole or read:
             return super().bind(layer, k, v)
         # Slices and complex views, made once: in a small model they cost as much time as the bytes they move.
         turns, copies = [], []
@@ -150,6 +154,9 @@ class Chosen(Part):
             assert q is not None
             self.picked[layer] = self._pick(self.scores(layer, q))
         _, rows, phases = self.picked[layer]
+        if self.store.kernels:
+            self.store.show(layer, rows, phases, self.rotary, k, v)
+            return
         at = (torch.arange(rows.shape[0], device=rows.device)[:, None], rows)
         self.rotary.rotate(self.store.keys(layer, at, k), phases, out=k)
         self.store.copy_values(layer, at, v)

@@ -57,9 +57,10 @@ class Store(Memory):
     def __init__(
         self, layers: int, batch: int, rows: int, kv_heads: int, head_dim: int, axes: int,
         dtype: torch.dtype, device: torch.device, pinned: bool = False,
-        sums: Sums | None = None, form: Quantised | None = None,
+        sums: Sums | None = None, form: Quantised | None = None, kernels: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__((layers, batch, rows, kv_heads, head_dim), dtype, device, pinned=pinned, form=form)
+        size = (layers, batch, rows, kv_heads, head_dim)
+        super().__init__(size, dtype, device, pinned=pinned, form=form, kernels=kernels)
         self.base = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.step = torch.zeros(rows, axes, dtype=torch.float64, device=device)
         self.used = torch.zeros(rows, dtype=torch.bool)

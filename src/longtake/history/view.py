@@ -43,6 +43,7 @@ class LayerView:
         self, rotary: RotaryTable, phases: Tensor, k: Tensor, v: Tensor, live: slice, bias: Tensor | None,
         prepare: Callable[[Tensor], None] | None, write: Callable[[Tensor, Tensor, Tensor], None] | None,
         observe: Callable[[Tensor, Tensor], None] | None, groups: list[Group] | None = None,
+        direct: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.rotary = rotary
         self.groups = groups  # heads that see different keys; None: all see all
@@ -51,6 +52,7 @@ class LayerView:
         self.k_live, self.v_live = k[:, live], v[:, live]
         self.bias = bias
         self.prepare, self.write, self.observe = prepare, write, observe
+        self.direct = direct  # attention that needs no view; what observes wants to see one
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, backend: str | None = None,
@@ -63,6 +65,9 @@ class LayerView:
             past = self.k.shape[1] - k.shape[1]
             raise RuntimeError(f"a causal pass of {k.shape[1]} tokens sees {past} before it: it must come first")
         q = self.rotary.rotate(q, self.phases)
+        if self.direct is not None and self.observe is None:
+            self.put(k, v)
+            return self.direct(q)
         if self.prepare is not None:
             self.prepare(q)
         self.put(k, v)
@@ -233,6 +238,7 @@ class View:
         observed = self._observed([*before, block], first) if observe else None
         observe = observe and (observed is None or len(observed) > 0)
         groups = self._grouped(window.stop) if self.heads and history else None
+        direct = history and not resident and self._direct()
         result = []
         for layer in range(self.layer_count):
             k, v = (t[layer if resident else 0] for t in buffers)
@@ -247,6 +253,7 @@ class View:
                     self._writer(layer, held, block, form) if write else None,
                     self._watcher(layer, observe, observed, block if write and form == FULL else None),
                     None if groups is None else groups[layer],
+                    self._reader(layer, k, v, before, window.stop) if direct else None,
                 )
             )  # fmt: skip
         if write:
@@ -354,6 +361,24 @@ class View:
                 self._fill_live(layer, k, v, before)
 
         return prepare
+
+    def _direct(self) -> bool:
+        """Whether attention can read the store: everything shown is quantised and seen alike by all heads and takes."""
+        if not self.store.kernels or self.store.form is None or self.heads or self.bias is not None:
+            return False
+        return len(self.parts) == 1 and isinstance(self.parts[0], Plain) and self.parts[0].store is self.store
+
+    def _reader(self, layer: int, k: Tensor, v: Tensor, before: list[int], end: int) -> Callable[[Tensor], Tensor]:
+        """What attends to the codes of the past and to the tail, which ends at `end`."""
+        part, tail = self.parts[0], slice(self.n, end)
+        assert isinstance(part, Plain)
+
+        def attend(q: Tensor) -> Tensor:
+            if before:
+                self._fill_live(layer, k, v, before)
+            return self.store.attend(layer, part.rows, part.phases, self.rotary, k[:, tail], v[:, tail], q)
+
+        return attend
 
     def _turned(self, total: Tensor, block: int, back: int) -> Tensor:
         """A sum [B, 1, H, D] over a live block's rotated tokens, as though the block lay `back` frames earlier than it

@@ -129,7 +129,7 @@ class MagiStaggered(Staggered):
         frames = span + (reach - 1) * self.geometry.chunk_frames
         for view in layers:
             hidden = max(0, view.k.shape[1] - frames * self.geometry.tokens_per_frame)
-            view.k, view.v = view.k[:, hidden:], view.v[:, hidden:]
+            view.k, view.v, view.direct = view.k[:, hidden:], view.v[:, hidden:], None
 
     def _looked_at(self, chunk: InFlight, finished: list[InFlight]) -> bool:
         """Whether the policy scores in this forward."""
