@@ -1,0 +1,136 @@
+"""The tables of the procedural world: recall under each policy at each budget (protocols A and B), with controls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .table import Column, axis, table
+from .text import escape, is_estimate, number, packed, view
+
+ENOUGH = 256  # events of an arm, for a figure to be leant on
+RARE = 5  # events at a gap, for a point to be drawn
+COLUMNS = {
+    "A": (
+        Column("recall_colour", "colour recall", "higher"),
+        Column("recall_colour_in_range", "colour, in range", "higher"),
+        Column("recall_colour_far_in_sink", "colour, far, seen by sink", "higher"),
+        Column("recall_colour_repainted", "colour, repainted", "higher"),
+        Column("recall_texture", "texture recall", "higher"), Column("lawful", "lawful", "higher"),
+        Column("missing", "missing", "lower"), Column("duplicated", "twice", "lower"),
+        Column("distance_px", "off by, px"), Column("psnr_db", "PSNR, dB", "higher"),
+    ),
+    "B": (
+        Column("recall_colour", "colour recall", "higher"), Column("recall_texture", "texture recall", "higher"),
+        Column("duplicated", "twice", "lower"), Column("chunks_to_first_error", "chunks to first error", "higher"),
+        Column("clock_lawful", "clock lawful", "higher"), Column("background_ssim", "background SSIM", "higher"),
+        Column("luma_slope", "luma slope", "near 0", 1, "grey levels per 1,000 latent frames"),
+        Column("contrast_slope", "contrast slope", "near 0", 1, "grey levels per 1,000 latent frames"),
+    ),
+}  # fmt: skip
+COSTS = (
+    Column("attended_tokens", "tokens attended, at most", "lower"),
+    Column("device_bytes", "MiB on the device", "lower", 2**-20),
+    Column("total_bytes", "MiB in all", "lower", 2**-20, "archives in host memory included"),
+)
+MEANING = {
+    "A": "Protocol A: true frames are committed under the policy; two chunks follow, from the same noise for all.",
+    "B": "Protocol B: a free run after a short true beginning, many times as long as a training clip.",
+}
+PICTURES = ("truth", "frozen", "loop")  # controls that no model makes, and no cost belongs to
+
+
+def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
+    """Markup of a table, and the data of its charts."""
+    name, rows, protocol = f"world-{number_}", found["rows"], found["protocol"]
+    few = min((row["events"] for row in rows if row["name"] not in ("frozen", "loop")), default=0)
+    warning = (
+        f"<p class=warn>Only {few} events in a row: too few to lean on (of {ENOUGH} and more, the order of arms "
+        "begins to hold).</p>"
+        if few < ENOUGH
+        else ""
+    )  # fmt: skip
+    chance = found["chance"]
+    columns = [
+        Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"), *COSTS,
+        Column("seconds_per_cell", "s a cell"),
+    ]  # fmt: skip
+    markup = (
+        f"<section id={name} aria-labelledby={name}-title><h2 id={name}-title>{escape(found['model'])}, protocol "
+        f"{protocol}</h2><p>{MEANING[protocol]} Means with 95 % bootstrap intervals, clustered by seed; a return "
+        f"counts as recalled only where motion and clock are lawful. Chance: colour {chance['colour']:.3f}, texture "
+        f"{chance['texture']:.3f}. {escape(_admission(found['admitted']))}</p>{warning}"
+        f"<h3>Recall and its price</h3>{view(name, 'tradeoff')}{view(name, 'key')}"
+        + (f"<h3>Recall over the gap</h3>{view(name, 'gaps')}" if protocol == "A" else "")
+        + "<h3>All numbers</h3>"
+        + table(f"{name}-table", "Every arm, controls first.", rows, columns, _versus)
+        + "</section>"
+    )
+    return markup, packed(f"{name}-data", _charts(found))
+
+
+def _charts(found: dict[str, Any]) -> dict[str, Any]:
+    drawn = [row for row in found["rows"] if row["control"] not in PICTURES]
+    qualities = [column for column in COLUMNS[found["protocol"]] if column.better]
+    return {
+        "rows": [
+            {
+                "arm": row["arm"], "name": row["name"], "variant": "", "control": row["control"],
+                "budget": row["budget"],
+                "values": {column.key: row.get(column.key) for column in (*qualities, *COSTS)},
+                "gaps": [
+                    [int(gap), each["mean"], *each["ci95"], each["n"]]
+                    for gap, each in row.get("recall_colour_by_gap", {}).items()
+                    if is_estimate(each) and each["n"] >= RARE
+                ],
+            }
+            for row in drawn
+        ],
+        "costs": [axis(column) for column in COSTS],
+        "qualities": [axis(column) for column in qualities],
+        "chance": {f"recall_{key}": value for key, value in found["chance"].items()},
+        "connect": True,
+    }  # fmt: skip
+
+
+def _versus(row: dict[str, Any], column: Column) -> str | None:
+    if column.key != "against_full":
+        return None
+    against = row.get("against_full")
+    if not against:
+        return "—"
+    low, high = against["ci95"]
+    return (
+        f"{number(against['difference'])}<small>{number(low)} to {number(high)}</small>"
+        f"<small>p {against['p_holm']:.2g}</small>"
+    )
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """A table for a README: the columns that matter most."""
+    columns = COLUMNS[table["protocol"]][:5]
+    lines = [
+        "| arm | " + " | ".join(column.title for column in columns) + " | attended tokens | device MiB | all MiB |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    for row in table["rows"]:
+        cells = [_plain(row.get(column.key)) for column in columns]
+        held = [f"{row[key] / 2**20:.2f}" for key in ("device_bytes", "total_bytes")]
+        lines.append(f"| {row['arm']} | {' | '.join([*cells, str(row['attended_tokens']), *held])} |")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if value is None or (isinstance(value, dict) and not value.get("n")):
+        return "—"
+    if isinstance(value, dict):
+        low, high = value["ci95"]
+        return f"{value['mean']:.3g} [{low:.3g}, {high:.3g}]"
+    return str(value)
+
+
+def _admission(admitted: dict[str, bool]) -> str:
+    titles = {name: name.replace("_", " ") for name in admitted}
+    good = [titles[name] for name, yes in admitted.items() if yes]
+    bad = [titles[name] for name, yes in admitted.items() if not yes]
+    text = f"Admitted measures (truth at 0.95 or more, frozen and loop at most by chance): {', '.join(good) or 'none'}."
+    return text + (f" Not admitted: {', '.join(bad)}." if bad else "")
