@@ -49,13 +49,14 @@ def serving(
 
 @contextmanager
 def server_process(state: Path, *arguments: str, limit_file_size: int | None = None) -> Iterator[tuple[Client, Any]]:
-    """`longtake serve` as users start it."""
+    """`longtake serve` as users start it, with the model of `serving`."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "longtake", "serve", "--port", str(port), "--state", str(state), *arguments]
+    where = ["--port", str(port), "--state", str(state)]
+    command = [sys.executable, "-m", "longtake", "serve", "--model", "tiny-shapes", *where, *arguments]
     log = open(state.with_suffix(".log"), "ab")  # noqa: SIM115
     process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     client = Client(f"http://127.0.0.1:{port}")
