@@ -160,8 +160,8 @@ def fingerprint(folder: Path) -> str:
     """Hash of what a model folder computes with: its description and its parts; notes of the training do not count."""
     digest = hashlib.sha256()
     files = [folder / "longtake.json", *(path for part in PARTS for path in (folder / part).rglob("*"))]
-    if not any((folder / part).is_dir() for part in PARTS):  # published in a layout of its own
-        files = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+    if not any((folder / part).is_dir() for part in PARTS):  # in a layout of its own, as Lumos-1 is published
+        files = [path for path in folder.rglob("*") if path.name != "training.json" and path.parent.name != "work"]
     for path in sorted(path for path in files if path.suffix in _READ and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:

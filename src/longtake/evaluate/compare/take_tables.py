@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ def take_tables(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
         prompts = list(dict.fromkeys(cell.setting.prompt for cell in every))  # type: ignore[union-attr]
         seeds = sorted({cell.seed for cell in every})
         place = lambda cell, prompts=prompts: (prompts.index(cell.setting.prompt), cell.seed)
-        rows, seconds, fps = [], None, None
+        rows: list[dict[str, Any]] = []
+        seconds: float | None = None
+        fps: float | None = None
         for label, cells in by_arm.items():
             ordered = sorted(cells, key=place)
             kin = {at: number for number, at in enumerate(sorted({place(cell) for cell in every}))}
@@ -41,7 +43,7 @@ def take_tables(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
             rows.append({"arm": label, **_identity(ordered[0]), "missing": missing, **_row(found, store)})
             for _, _, content in found[:1]:
                 fps = content["outcome"]["fps"]
-                seconds = round(content["outcome"]["frames"] / fps, 3)
+                seconds = round(content["outcome"]["frames"] / content["outcome"]["fps"], 3)
         tables.append({
             "model": model, "chunks": chunks, "seconds": seconds, "fps": fps, "height": height, "width": width,
             "prompts": prompts, "seeds": seeds, "rows": rows,
@@ -60,31 +62,32 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 def _row(found: Found, store: Store) -> dict[str, Any]:
     row: dict[str, Any] = {"cells": [cell.key for _, cell, _ in found], "takes": len(found)}
-    outcome: Callable[[str], Hits] = lambda key: _hits(found, lambda cell, out: out[key])
+    outcomes = {cell.key: content["outcome"] for _, cell, content in found}
+    told = lambda values: estimate(_hits(found, values))
     for name in DEFINITIONS:
-        if any(name in content["outcome"]["metrics"] for _, _, content in found):
-            row[name] = estimate(_hits(found, lambda cell, out, name=name: _value(out["metrics"].get(name))))
+        if any(name in out["metrics"] for out in outcomes.values()):
+            row[name] = told({key: _value(out["metrics"].get(name)) for key, out in outcomes.items()})
     pairs = {cell.key: likeness(store, cell) for _, cell, _ in found}
     row["against_missing"] = sum(reference_of(cell) is not None and pairs[cell.key] is None for _, cell, _ in found)
-    for name, key in (("psnr_db", "psnr"), ("ssim", "ssim")):
+    for name, of_pair in (("psnr_db", "psnr"), ("ssim", "ssim")):
         if any(pairs.values()):
-            row[name] = estimate(_hits(found, lambda cell, out, key=key: (pairs[cell.key] or {}).get(key)))
+            row[name] = told({key: pair and pair[of_pair] for key, pair in pairs.items()})
     distances = {cell.key: imported_lpips(store.files(cell)) for _, cell, _ in found}
     if any(value is not None for value in distances.values()):
-        row["lpips"] = estimate(_hits(found, lambda cell, out: distances[cell.key]))
+        row["lpips"] = told(distances)
     scores = {cell.key: imported_vbench(store.files(cell)) for _, cell, _ in found}
     for dimension in sorted({name for each in scores.values() for name in each}):
-        row[f"vbench_{dimension}"] = estimate(
-            _hits(found, lambda cell, out, dimension=dimension: scores[cell.key].get(dimension))
-        )
-    row["chunk_seconds"] = estimate(_hits(found, lambda cell, out: out["chunk_seconds"]["median"]))
-    row["realtime"], row["attended_total"] = estimate(outcome("realtime")), estimate(outcome("attended_total"))
-    row["reused_share"] = estimate(_hits(found, lambda cell, out: _share(out["reused"], out["forwards"])))
-    row["skipped_flops_share"] = estimate(_hits(found, lambda cell, out: _share(out["skipped_flops"], out["flops"])))
-    most = lambda pick: max((pick(content["outcome"]) for _, _, content in found), default=0)
-    row["attended_tokens"] = most(lambda out: out["attended_tokens"])
-    row["device_bytes"] = most(lambda out: out["bytes"].get("device", 0))
-    row["total_bytes"] = most(lambda out: out["bytes"].get("total", 0))
+        row[f"vbench_{dimension}"] = told({key: each.get(dimension) for key, each in scores.items()})
+    row["chunk_seconds"] = told({key: out["chunk_seconds"]["median"] for key, out in outcomes.items()})
+    for name in ("realtime", "attended_total"):
+        row[name] = told({key: out[name] for key, out in outcomes.items()})
+    for name, part, rest in (
+        ("reused_share", "reused", "forwards"), ("skipped_flops_share", "skipped_flops", "flops"),
+    ):  # fmt: skip
+        row[name] = told({key: _share(out[part], out[rest]) for key, out in outcomes.items()})
+    row["attended_tokens"] = max((out["attended_tokens"] for out in outcomes.values()), default=0)
+    for name in ("device", "total"):
+        row[f"{name}_bytes"] = max((out["bytes"].get(name, 0) for out in outcomes.values()), default=0)
     seconds = [content["origin"]["seconds"] for _, _, content in found]
     row["seconds_per_cell"] = round(float(np.median(seconds)), 2) if seconds else None
     return row
@@ -96,11 +99,11 @@ def estimate(hits: Hits) -> dict[str, Any]:
     return {**told, "ci95": None} if len(hits) < 2 and told["n"] else told
 
 
-def _hits(found: Found, pick: Callable[[Cell, dict[str, Any]], float | None]) -> Hits:
+def _hits(found: Found, values: Mapping[str, float | None]) -> Hits:
+    """Values of cells by their kin."""
     hits: dict[int, list[float]] = {}
-    for kin, cell, content in found:
-        value = pick(cell, content["outcome"])
-        if value is not None:
+    for kin, cell, _ in found:
+        if (value := values[cell.key]) is not None:
             hits.setdefault(kin, []).append(float(value))
     return hits
 
