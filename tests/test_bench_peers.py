@@ -159,8 +159,12 @@ def test_a_peer_that_this_diffusers_lacks_is_a_missing_row(monkeypatch):
     with pytest.raises(LongtakeError, match=r"diffusers \S+ has no NoSuchPipeline"):
         available("NoSuchPipeline")
     monkeypatch.setitem(bench_peers.PEERS, "anyflow", lambda bench: available("NoSuchPipeline"))
-    report = run("cpu-micro", peers=["anyflow"], chunks=4, repeats=2)
-    assert not report.pairs and report.missing[-1].what == "anyflow" and "NoSuchPipeline" in report.missing[-1].reason
+    broken = lambda: {}["scheduler"]
+    monkeypatch.setitem(bench_peers.PEERS, "skyreels", lambda bench: ("theirs", "ours", (broken, broken)))
+    report = run("cpu-micro", peers=["anyflow", "skyreels"], chunks=4, repeats=2)
+    assert not report.pairs and [m.what for m in report.missing] == ["gpu-wan-1.3b", "anyflow", "skyreels"]
+    assert "has no NoSuchPipeline" in report.missing[1].reason
+    assert report.missing[2].reason == "it does not run here, KeyError: 'scheduler'"
     assert "NoSuchPipeline" in report.text() and report.pictures() == {}
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,121 +35,18 @@ from ..session import Session, history_shape
 from .bench_flowcache_kv import explicit_score
 from .bench_peer_caches import CachedTake, Growing, Shifted
 from .bench_peer_pipelines import AnyFlow, AsyncSkyReels, Staggering
-from .bench_report import Missing, Report, table
+from .bench_report import Missing
 from .bench_shapes import SHAPES, Shape
 from .bench_stage import Progress, Stage, staged
-from .canvas import ACCENT, INK, canvas, from_zero, png
 from .machine import named, place
 from .measure import Figure, ratios
+from .peers_report import Pair, PeersReport, Run, Side
 
 MATCHES = ("tokens", "bytes")
 FITTING = 8  # tries to find the largest policy that holds no more than the peer
 SCORED_CHUNKS = 3  # of history, for the score
 
-
-@dataclass
-class Side:
-    """One side of a pair: seconds by repeat and chunk, and by chunk what it attended to (keys) and computed (FLOPs);
-    bytes of K/V at the end. A side that cannot be told chunk by chunk has one entry for all of it."""
-
-    what: str
-    seconds: list[list[float]] = field(default_factory=list)
-    attended: list[int] = field(default_factory=list)
-    flops: list[int] = field(default_factory=list)
-    held_bytes: int | None = None
-
-    @property
-    def whole(self) -> list[float]:
-        """Seconds of all chunks, by repeat."""
-        return [sum(run) for run in self.seconds]
-
-    @property
-    def last(self) -> list[float]:
-        return [run[-1] for run in self.seconds]
-
-    def note(self, run: _Run) -> None:
-        self.seconds.append(run.seconds)
-        self.attended, self.flops, self.held_bytes = run.attended, run.flops, run.held_bytes
-
-
-@dataclass
-class Pair:
-    """A peer and ours."""
-
-    peer: str
-    theirs: Side
-    ours: Side
-
-
-@dataclass(kw_only=True)
-class PeersReport(Report):
-    """Everything `longtake bench peers` found."""
-
-    kind: ClassVar[str] = "peers"
-
-    pairs: list[Pair] = field(default_factory=list)
-
-    def own_tables(self) -> list[str]:
-        head = ("peer", "ours", "peer: whole, last", "ours: whole, last", "tokens at the end", "K/V held", "peer / ours")
-        rows = []
-        for p in self.pairs:
-            ratio = self.figure(f"{p.peer}: peer / ours, whole")
-            assert ratio.median is not None and ratio.ci95 is not None
-            both = lambda of, p=p: f"{of(p.theirs)} : {of(p.ours)}"
-            rows.append((
-                f"{p.peer}: {p.theirs.what}", p.ours.what, _times(p.theirs), _times(p.ours),
-                both(lambda s: str(s.attended[-1]) if s.attended else "—"), both(_held),
-                f"**{ratio.median:.2f}** [{ratio.ci95[0]:.2f}, {ratio.ci95[1]:.2f}]",
-            ))  # fmt: skip
-        return [table(head, rows)]
-
-    def figure_rows(self) -> list[tuple[str, ...]]:
-        return []  # they are in the table
-
-    def own_lines(self) -> list[str]:
-        return [
-            f"{p.peer}: {p.theirs.what} against {p.ours.what}: {_times(p.theirs)} against {_times(p.ours)}, "
-            f"{_held(p.theirs)} against {_held(p.ours)} held"
-            for p in self.pairs
-        ]
-
-    def pictures(self) -> dict[str, bytes]:
-        return {"": draw(self)} if self.pairs else {}
-
-
-def _times(side: Side) -> str:
-    whole, last = float(np.median(side.whole)), float(np.median(side.last))
-    return f"{whole:.3g} s" if len(side.seconds[0]) == 1 else f"{whole:.3g} s, {1e3 * last:.3g} ms"
-
-
-def _held(side: Side) -> str:
-    return "—" if side.held_bytes is None else f"{side.held_bytes / 1e6:.3g} MB"
-
-
-def draw(report: PeersReport) -> bytes:
-    """PNG: milliseconds of every chunk, a panel for each pair that can be told chunk by chunk (else for the first)."""
-    shown = [p for p in report.pairs if len(p.theirs.seconds[0]) > 1] or report.pairs[:1]
-    figure, panels = canvas(3.4 * len(shown), 3.4, 1, len(shown))
-    for axes, pair in zip(np.atleast_1d(panels), shown, strict=True):
-        for side, colour, name in ((pair.theirs, ACCENT, pair.peer), (pair.ours, INK, "ours")):
-            rows = 1e3 * np.asarray(side.seconds)
-            axes.plot(np.arange(1, rows.shape[1] + 1), np.median(rows, 0), color=colour, lw=1.5, label=name)
-        axes.set(title=pair.peer, xlabel="chunk", ylabel="ms per chunk")
-        from_zero(axes)
-    return png(figure, f"{report.caption()}, equal {report.settings['match']}")
-
-
-@dataclass
-class _Run:
-    """One run of one side."""
-
-    seconds: list[float]
-    attended: list[int] = field(default_factory=list)
-    flops: list[int] = field(default_factory=list)
-    held_bytes: int | None = None
-
-
-Work = Callable[[], _Run]
+Work = Callable[[], Run]
 
 
 def run(
@@ -195,9 +92,13 @@ def run(
 
 
 def _measure(report: PeersReport, pair: Pair, work: tuple[Work, Work], repeats: int) -> None:
-    """Both sides in turn, after a run of each that only warms up."""
-    for one in work:
-        one()
+    """Both sides in turn, after a run of each that only warms up. Raises LongtakeError if the peer does not run."""
+    try:
+        work[0]()
+    except Exception as error:  # other people's code, of whatever version is installed
+        told = str(error).strip().partition("\n")[0]
+        raise LongtakeError(f"it does not run here, {type(error).__name__}: {told}") from error
+    work[1]()
     for repeat in range(repeats):
         turn = list(zip((pair.theirs, pair.ours), work, strict=True))
         for side, one in turn if repeat % 2 == 0 else turn[::-1]:
@@ -243,8 +144,8 @@ class _Bench:
     def cached(self, cache: Callable[[], Any]) -> Work:
         """A take of our host with another cache."""
 
-        def work() -> _Run:
-            take, done = CachedTake(self.host, self.embeds(), self.seed, cache), _Run([])
+        def work() -> Run:
+            take, done = CachedTake(self.host, self.embeds(), self.seed, cache), Run([])
             for _ in range(self.chunks):
                 done.seconds.append(self.stage.clock.seconds(lambda: next(take)))
                 done.attended.append(take.attended)
@@ -261,8 +162,8 @@ class _Bench:
         )  # fmt: skip
 
     def ours(self, policy: KVPolicy, residency: str) -> Work:
-        def work() -> _Run:
-            take, done = self.session(policy, residency), _Run([])
+        def work() -> Run:
+            take, done = self.session(policy, residency), Run([])
             for _ in range(self.chunks):
                 done.seconds.append(self.stage.clock.seconds(lambda: next(take)))
                 assert take.stats.last is not None
@@ -328,9 +229,9 @@ def _anyflow(bench: _Bench, sdpa: bool = False) -> Pairing:
     # its last chunk is not written, and so not measured: one more
     peer = AnyFlow(bench.shape, bench.stage.device, bench.stage.dtype, bench.seed, bench.chunks + 1, sdpa)
 
-    def theirs() -> _Run:
+    def theirs() -> Run:
         found = peer.take()
-        return _Run(found.seconds, found.attended, found.flops, peer.nbytes)
+        return Run(found.seconds, found.attended, found.flops, peer.nbytes)
 
     ours, work = bench.against(peer.cost(bench.chunks - 1)[1], peer.nbytes)
     how = "through SDPA" if sdpa else "flex_attention, as it is"
@@ -346,11 +247,11 @@ def _skyreels(bench: _Bench) -> Pairing:
     peer = AsyncSkyReels(bench.shape, bench.stage.device, bench.stage.dtype, bench.seed, how)
     sampler = Stagger(how.steps, how.lag, how.chunks * how.chunk_frames, commit="adopt")
 
-    def theirs() -> _Run:
+    def theirs() -> Run:
         found = peer.take()
-        return _Run(found.seconds, found.attended, found.flops, 0)
+        return Run(found.seconds, found.attended, found.flops, 0)
 
-    def ours() -> _Run:
+    def ours() -> Run:
         take = Session(
             peer.host, FullHistory(), prompt_embeds=peer.embeds, seed=bench.seed, sampler=sampler, decode=False,
             residency="resident", chunks=how.chunks, guidance_scale=1.0,
@@ -358,7 +259,7 @@ def _skyreels(bench: _Bench) -> Pairing:
         made: list[ChunkStats] = []
         seconds = bench.stage.clock.seconds(lambda: made.extend(chunk.stats for chunk in take))
         attended, flops = max(s.attended_tokens for s in made), sum(s.flops.total for s in made)
-        return _Run([seconds], [attended], [flops], _kv_bytes(take))
+        return Run([seconds], [attended], [flops], _kv_bytes(take))
 
     about = f"{how.chunks} chunks of {how.chunk_frames}, {how.steps} steps, lag {how.lag}"
     return f"diffusers' asynchronous SkyReels-V2 pipeline, {about}", "same transformer, K/V kept", (theirs, ours)
@@ -373,7 +274,7 @@ def _scoring(bench: _Bench) -> Pairing:
     policy = FlowCacheKV(
         frame_tokens=shape.chunk_tokens // shape.chunk_frames, chunk_tokens=shape.chunk_tokens
     )
-    one = lambda score: lambda: _Run([bench.stage.clock.seconds(score)], [k.shape[1]])
+    one = lambda score: lambda: Run([bench.stage.clock.seconds(score)], [k.shape[1]])
     explicit = one(lambda: explicit_score(q, k, policy.mix, policy.pool))
     what = f"one layer's score of {k.shape[1]} keys"
     return f"{what}, whole matrices", f"{what}, streamed", (explicit, one(lambda: policy.score(q, k)))

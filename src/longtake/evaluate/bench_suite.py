@@ -41,7 +41,7 @@ SUITE = {
             ("default", "micro"), "bench_roofline:RooflineReport",
         ),
         Entry(
-            "take", "does a long take stay flat, and what does everything beside the forwards cost", 15,
+            "take", "does a long take stay flat, and what does everything beside the forwards cost", 9,
             ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "take_report:TakeReport",
         ),
         Entry(
@@ -62,7 +62,7 @@ SUITE = {
         ),
         Entry(
             "peers", "ours beside other people's caches, in turn, at equal bytes or tokens", 10,
-            ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "bench_peers:PeersReport",
+            ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "peers_report:PeersReport",
         ),
     )
 }  # fmt: skip
