@@ -18,9 +18,10 @@ import longtake
 from longtake import FullHistory, LongtakeError, SlidingWindow, policies
 from longtake.cli import app
 from longtake.compressors import DualBranch
+from longtake.evaluate import report
 from longtake.evaluate.compare import arms as arm_names
 from longtake.evaluate.compare import footage as footage_module
-from longtake.evaluate.compare import report, runner, statistics, summary
+from longtake.evaluate.compare import runner, statistics, summary
 from longtake.evaluate.compare.arms import Arm, arms, controls, every
 from longtake.evaluate.compare.cells import Cell, Store, fingerprint
 from longtake.evaluate.compare.course import comings, course
@@ -279,7 +280,7 @@ def test_a_fork_goes_on_like_its_take_and_leaves_it_as_it_was(host, policy):
     assert torch.equal(next(copied).latents, next(twin).latents), "the fork is another take"
 
 
-@pytest.mark.parametrize("arm", controls(longtake.HistoryShape(4, 4, 32, 4, 64, 3)), ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", controls(longtake.HistoryShape(4, 4, 32, 4, 64, 3), 21), ids=lambda arm: arm.name)
 @pytest.mark.parametrize("protocol", ["A", "B"])
 def test_every_control_gives_a_cell_that_is_json(host, footage, arm, protocol):
     setting = replace(QUICK, protocol=protocol)
@@ -294,7 +295,7 @@ def test_every_control_gives_a_cell_that_is_json(host, footage, arm, protocol):
 
 
 def test_no_history_sees_itself_alone_and_full_history_everything(host, footage):
-    alone = run(controls(runner.shape_of(host))[3], footage, QUICK)
+    alone = run(controls(runner.shape_of(host), 21)[3], footage, QUICK)
     full = run(Arm("full", FullHistory()), footage, QUICK)
     per_chunk = 3 * 64
     last = probes(footage.scene, 12, 3)[-1].frame
@@ -371,7 +372,7 @@ def test_a_run_compares_and_says_so_in_one_page(model, tmp_path):
     tested = [row for row in answer["tables"][0]["rows"] if row["name"].startswith("window")]
     assert len(tested) == 2 and all(0 <= row["against_full"]["p_holm"] <= 1 for row in tested)
     html = (out / "report.html").read_text()
-    assert "http" not in html and html.count("data:image/png") == 4 + 3 and "nothing there" in html
+    assert "http" not in html and html.count("data-view=tradeoff") == 2 and "nothing there" in html
     made = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     again = subprocess.run(
         [sys.executable, "-m", "longtake", *line[:-3], *line[-2:]], capture_output=True, text=True, env=ENVIRONMENT

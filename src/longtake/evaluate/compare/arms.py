@@ -44,9 +44,13 @@ class Arm:
         return None if self.reuse is None else replace(self, reuse=None, reuse_name="")
 
 
-def controls(shape: HistoryShape) -> list[Arm]:
-    """The five rows that every table has."""
-    policies: dict[str, KVPolicy] = {NO_HISTORY: SlidingWindow(shape.chunk_frames, sink=0), SHUFFLED: FullHistory()}
+def controls(shape: HistoryShape, clip: int) -> list[Arm]:
+    """The five rows that every table has; `clip` is the length of a training clip in latent frames, and what the
+    shuffled history's model sees: a model shown more than it was trained on may look away from anything."""
+    seen = max(clip, 2 * shape.chunk_frames)
+    policies: dict[str, KVPolicy] = {
+        NO_HISTORY: SlidingWindow(shape.chunk_frames, sink=0), SHUFFLED: SlidingWindow(seen, sink=0),
+    }  # fmt: skip
     return [Arm(name, policies.get(name), name) for name in CONTROLS]
 
 
@@ -109,14 +113,15 @@ def take_arms(
 
 
 def every() -> list[str]:
-    """Specs of all policies that have a name and work without options, and the window without a sink."""
+    """Specs of all policies that have a name and work without options; the window also without a sink, and with its
+    frames moved to where training had them."""
     names = []
     for name in sorted(registry.available()):
         try:
             registry.parse(name)
         except LongtakeError:  # it has to be told something
             continue
-        names += ["window:sink=0", "window"] if name == "window" else [name]
+        names += ["window:sink=0", "window", "window:positions=slots"] if name == "window" else [name]
     return names
 
 

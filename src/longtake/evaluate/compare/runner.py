@@ -80,7 +80,8 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
                 "give a folder that `longtake train tiny-wan` wrote"
             )
         shape = shape_of(host)
-        rows = [*controls(shape), *arms(plan.policies, plan.budgets or default_budgets(host.config), shape, notes)]
+        budgets = plan.budgets or default_budgets(host.config)
+        rows = [*controls(shape, host.config.training_frames), *arms(plan.policies, budgets, shape, notes)]
         listed.append((model, *_weights(model, host), rows))
     return [
         Cell(model, weights, dtype, arm, seed, setting)
