@@ -268,7 +268,7 @@ def table(
     ] = None,
     folder: Annotated[Path, Option("--from", metavar="DIR", help="Folder of the reports.")] = FOLDER,
 ) -> None:
-    """The figures of benchmarks as Markdown tables: printed, or filled into documents."""
+    """The figures of benchmarks and comparisons as Markdown tables: printed, or filled into documents."""
     from ..evaluate import bench_suite
     from ..evaluate.provenance import write_atomically
 

@@ -92,7 +92,10 @@ def report_file(name: str, folder: Path) -> Path:
 
 def fill(document: str, folder: Path, given: Mapping[str, Report] | None = None) -> str:
     """The document with the table of every block `<!-- bench:NAME --> … <!-- /bench:NAME -->` made anew from the
-    reports in `folder`, or from those `given` by name. Raises LongtakeError without blocks, or without a report."""
+    reports in `folder`, or from those `given` by name, and that of every block `<!-- compare:NAME --> …` from the
+    summaries in `folder`/compare. Raises LongtakeError without blocks, or without a report."""
+    from .compare.markdown import fill as fill_comparisons
+
     given = given or {}
 
     def made(block: re.Match[str]) -> str:
@@ -101,7 +104,8 @@ def fill(document: str, folder: Path, given: Mapping[str, Report] | None = None)
         return f"<!-- bench:{name} -->\n{report.markdown()}\n<!-- /bench:{name} -->"
 
     filled, blocks = MARKS.subn(made, document)
-    if not blocks:
+    filled, compared = fill_comparisons(filled, folder / "compare")
+    if not blocks and not compared:
         raise LongtakeError(
             "the document has no <!-- bench:NAME --> … <!-- /bench:NAME -->: put the two lines where a table belongs"
         )

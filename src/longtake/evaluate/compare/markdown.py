@@ -1,0 +1,84 @@
+"""A comparison's tables for README and docs, made from a committed summary, so that no number is typed by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import LongtakeError
+from ..provenance import read_json
+
+MARKS = re.compile(
+    r"<!-- compare:(?P<name>[\w.-]+)(?P<brief> brief)? -->\n(?P<table>.*?)<!-- /compare:(?P=name) -->", re.DOTALL
+)
+A = (
+    ("recall_colour", "colour recalled"), ("recall_colour_in_range", "… seen within a clip"),
+    ("recall_colour_far_in_sink", "… long ago, in the sink"), ("recall_colour_repainted", "… repainted"),
+    ("recall_texture", "texture recalled"), ("lawful", "lawful"),
+)  # fmt: skip
+B = (
+    ("recall_colour", "colour recalled"), ("recall_texture", "texture recalled"),
+    ("chunks_to_first_error", "chunks to first error"), ("clock_lawful", "clock lawful"),
+    ("luma_slope", "luma slope"), ("contrast_slope", "contrast slope"),
+)  # fmt: skip
+
+
+def fill(document: str, folder: Path) -> tuple[str, int]:
+    """The document with every block `<!-- compare:NAME --> … <!-- /compare:NAME -->` made anew from `folder`/NAME.json,
+    and how many blocks there were. `<!-- compare:NAME brief -->` leaves out all but each policy's largest budget.
+    Raises LongtakeError if a summary is missing."""
+
+    def made(block: re.Match[str]) -> str:
+        path = folder / f"{block['name']}.json"
+        if not path.is_file():
+            raise LongtakeError(f"no {path}: copy the summary.json of `longtake compare` there, or drop the block")
+        begin = block[0].partition("\n")[0]
+        return f"{begin}\n{markdown(read_json(path), bool(block['brief']))}\n<!-- /compare:{block['name']} -->"
+
+    return MARKS.subn(made, document)
+
+
+def markdown(summary: dict[str, Any], brief: bool = False) -> str:
+    """All tables of a summary, each with where it comes from."""
+    return "\n\n".join([_table(table, brief) for table in summary["tables"]] + [_origin(summary)])
+
+
+def _table(table: dict[str, Any], brief: bool) -> str:
+    columns = A if table["protocol"] == "A" else B
+    rows = [row for row in table["rows"] if not brief or _chosen(row, table["rows"])]
+    lines = [
+        f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",
+        "| policy | budget, KiB | returns | " + " | ".join(title for _, title in columns) + " | tokens attended |",
+        "|---|---|---|" + "---|" * (len(columns) + 1),
+    ]  # fmt: skip
+    for row in rows:
+        name = f"*{row['name']}*" if row["control"] else f"`{row['name']}`"
+        budget = "" if row["budget"] is None else f"{row['budget'] // 1024}"
+        cells = [_estimate(row.get(key)) for key, _ in columns]
+        lines.append(f"| {name} | {budget} | {row['events']} | {' | '.join(cells)} | {row['attended_tokens']} |")
+    return "\n".join(lines)
+
+
+def _chosen(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    largest: Callable[[str], int] = lambda name: max(r["budget"] or 0 for r in rows if r["name"] == name)
+    return (row["budget"] or 0) == largest(row["name"])
+
+
+def _estimate(found: dict[str, Any] | None) -> str:
+    if not found or found.get("mean") is None:
+        return ""
+    low, high = found["ci95"]
+    return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _origin(summary: dict[str, Any]) -> str:
+    origin = summary["origin"]
+    machine, versions = origin.get("machine", {}), origin.get("versions", {})
+    parts = [f"`{summary['command']}`", machine.get("processor") or machine.get("cpu") or "", origin.get("date", "")]
+    if torch := versions.get("torch"):
+        parts.append(f"torch {torch}")
+    commit = (origin.get("git") or {}).get("commit") or ""
+    parts.append(f"commit {commit[:10]}" if commit else "")
+    return ": ".join([parts[0], ", ".join(part for part in parts[1:] if part) + "."])

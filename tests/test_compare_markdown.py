@@ -1,0 +1,52 @@
+"""Tables of a comparison come from its summary, and stand where a document asks for them."""
+
+import json
+
+import pytest
+
+from longtake.errors import LongtakeError
+from longtake.evaluate.bench_suite import fill
+
+
+def row(name: str, budget: int | None, mean: float, control: str = "") -> dict:
+    estimate = {"n": 30, "mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
+    return {
+        "name": name, "control": control, "budget": budget, "events": 30, "attended_tokens": 192,
+        "recall_colour": estimate, "recall_colour_repainted": {"n": 0, "mean": None, "ci95": None},
+    }  # fmt: skip
+
+
+SUMMARY = {
+    "command": "longtake compare -o runs/x", "origin": {"date": "2026-11-21", "git": {"commit": "0123456789abcdef"}},
+    "tables": [{"model": "some/where/tiny", "protocol": "A", "rows": [
+        row("truth", None, 1.0, "truth"), row("window", 2048, 0.25), row("window", 4096, 0.5),
+    ]}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "tiny.json").write_text(json.dumps(SUMMARY))
+    return tmp_path
+
+
+def test_a_block_is_filled_from_the_summary_and_again_is_the_same(folder):
+    filled = fill("before\n<!-- compare:tiny -->\nold\n<!-- /compare:tiny -->\nafter", folder)
+    assert filled.startswith("before\n<!-- compare:tiny -->\n") and filled.endswith("<!-- /compare:tiny -->\nafter")
+    assert (
+        "| `window` | 2 | 30 | 0.25 [0.15, 0.35] |" in filled and "| `window` | 4 | 30 | 0.50 [0.40, 0.60] |" in filled
+    )
+    assert "| *truth* |  | 30 | 1.00 [0.90, 1.10] |" in filled and "old" not in filled
+    assert "`tiny`, protocol A" in filled and "`longtake compare -o runs/x`: 2026-11-21, commit 0123456789." in filled
+    assert fill(filled, folder) == filled
+
+
+def test_a_brief_block_has_each_policy_at_its_largest_budget(folder):
+    filled = fill("<!-- compare:tiny brief -->\n<!-- /compare:tiny -->", folder)
+    assert "| `window` | 4 |" in filled and "| `window` | 2 |" not in filled and "| *truth* |" in filled
+
+
+def test_a_missing_summary_is_told(folder):
+    with pytest.raises(LongtakeError, match=r"no .*other\.json: copy the summary\.json"):
+        fill("<!-- compare:other -->\n<!-- /compare:other -->", folder)
