@@ -157,11 +157,11 @@ def compare(
 
     from ..evaluate.compare import adapters
     from ..evaluate.compare.cells import Store
-    from ..evaluate.compare.report import page
     from ..evaluate.compare.runner import cells, execute, origin
     from ..evaluate.compare.take_tables import take_tables
     from ..evaluate.metrics import DEFINITIONS
     from ..evaluate.provenance import write_atomically
+    from ..evaluate.report import page
 
     shell.check_device(device)
     shell.hush()
@@ -199,7 +199,7 @@ def compare(
 
         summary |= summarise(todo, store, training_frames(plan))
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(out / "report.html", page(summary).encode())
+    write_atomically(out / "report.html", page(summary, out).encode())
     tables = len(summary["tables"]) + len(summary.get("takes", ()))
     text = f"{out / 'report.html'}: {summary['finished']} of {len(todo)} cells, {tables} tables"
     if notes:

@@ -110,7 +110,8 @@ def _gaps(rows: list[dict[str, Any]], kept: dict[str, Take], folder: Path | None
         told.append("The folder of the takes was not at hand: no videos, curves, memory maps or decisions.")
     for take in kept.values():
         if take.wrong:
-            told.append(f"{take.key} ({take.prompt}, seed {take.seed}): could not read {', '.join(take.wrong)}.")
+            which = f"{take.prompt}, seed {take.seed}" if take.prompt else "prompt unknown"
+            told.append(f"{take.key} ({which}): could not read {', '.join(take.wrong)}.")
     if left_out:
         told.append(
             f"What chunks saw is not shown for {len(left_out)} takes, or this file would be too large: "
