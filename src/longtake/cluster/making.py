@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import LongtakeError, NonFiniteError
 from .jobs import Job
 
-VIDEO, RECORD = "take.mp4", "take.json"
+VIDEO, RECORD, TOKEN = "take.mp4", "take.json", "token"
 _FORMAT = 1  # version of the record
 
 
@@ -55,11 +55,20 @@ class Maker:
         finally:
             torch.set_num_threads(before)
 
-    def make_bytes(self, job: Job) -> tuple[bytes, dict[str, Any]]:
-        """The video's file and the record, for a driver that may share no disk with this machine."""
-        with tempfile.TemporaryDirectory(prefix="longtake-") as name:
-            record = self.make(job, Path(name))
-            return (Path(name) / VIDEO).read_bytes(), record
+    def answer(self, job: Job, folder: Path, token: str, base: Path) -> dict[str, Any]:
+        """`make` for a driver that may share no disk with this machine: what is in the token's file beside `folder`
+        tells. `base` is what relative paths start from. Returns {"record", "video"}, with the video's bytes where it
+        could not be put into the folder; or {"problem"}."""
+        try:
+            if base.is_dir():
+                os.chdir(base)
+            if _shared(folder, token):
+                return {"record": self.make(job, folder), "video": None}
+            with tempfile.TemporaryDirectory(prefix="longtake-") as own:
+                record = self.make(job, Path(own))
+                return {"record": record, "video": (Path(own) / VIDEO).read_bytes()}
+        except Exception as error:  # said, not raised: it has to come through the network whole
+            return {"problem": problem_of(error)}
 
     def _make(
         self, host: Any, job: Job, folder: Path, go_on: Callable[[], bool], started: float
@@ -135,6 +144,14 @@ def problem_of(error: BaseException) -> str:
     """Why a take failed, on one line; a defect with its type."""
     words = " ".join(str(error).split()) or "no reason was given"
     return words if isinstance(error, LongtakeError | NonFiniteError) else f"{type(error).__name__}: {words}"
+
+
+def _shared(folder: Path, token: str) -> bool:
+    """Whether this machine sees the driver's folder under the same path."""
+    try:
+        return (folder.parent / TOKEN).read_text() == token and os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def _first_frame(path: str | None, geometry: Any) -> Any:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from typing import Any
 
 from ..errors import LongtakeError
 from .jobs import Job
-from .making import RECORD, VIDEO
+from .making import RECORD, TOKEN, VIDEO
 
 
 class Results:
@@ -43,6 +44,8 @@ class Results:
             raise LongtakeError(f"{folder}: another batch is writing there; wait for it, or give another -o") from None
         shutil.rmtree(self._work, ignore_errors=True)  # of a run that was killed
         self._work.mkdir(exist_ok=True)
+        self.token = secrets.token_hex(16)  # by which a worker knows that it sees this folder
+        (self._work / TOKEN).write_text(self.token)
 
     def close(self) -> None:
         shutil.rmtree(self._work, ignore_errors=True)

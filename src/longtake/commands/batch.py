@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,9 @@ def batch(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    ray: Annotated[bool, Option("--ray", help="On a Ray of its own, on loopback, which ends with the batch.")] = False,
+    ray_address: options.RayAddress = None,
+    workers: options.Workers = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Make every take of a file that is not in DIR yet. The options say what the lines leave out.
@@ -50,15 +54,17 @@ def batch(
     shell.check_choice(dtype, "--dtype", options.DTYPES)
     shell.check_threads(threads)
 
+    if workers is not None and not (ray or ray_address):
+        raise LongtakeError("--workers is for Ray: add --ray, or --ray-address")
+
     from ..cluster import batch as batches
+    from ..cluster.connecting import connected, slots
+    from ..cluster.farm import Farm
     from ..cluster.jobs import read_lines
     from ..cluster.making import Maker
 
     defaults = {"model": model, "policy": policy, "reuse": reuse, "seconds": seconds, "chunks": chunks, "size": size}
     lines = read_lines(prompts, defaults)
-    shell.check_device(device)
-    shell.hush()
-    runner = batches.Here(Maker(device, dtype, threads))
     done = 0
 
     def told(outcome: Outcome) -> None:
@@ -66,7 +72,18 @@ def batch(
         done += 1
         shell.say(f"{done}/{len(lines)} {text(outcome)}")
 
-    with shell.StopAsked() as stop:
+    with contextlib.ExitStack() as around:
+        runner: batches.Runner
+        if ray or ray_address:
+            connection = around.enter_context(connected(ray_address))
+            count, share = slots(connection, workers, device, threads)
+            shell.say(f"{count} worker{'s' if count > 1 else ''} on Ray")
+            runner = Farm(connection, count, share, {"device": device, "dtype": dtype, "threads": threads})
+        else:
+            shell.check_device(device)
+            shell.hush()
+            runner = batches.Here(Maker(device, dtype, threads))
+        stop = around.enter_context(shell.StopAsked())
         outcomes = batches.run(lines, output, runner, lambda: not stop.asked, told)
     counts = {status: sum(o.status == status for o in outcomes) for status in batches.STATUSES}
     video, work = sum(o.video_seconds for o in outcomes), sum(o.seconds for o in outcomes)

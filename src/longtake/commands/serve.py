@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from . import options, shell
 
 if TYPE_CHECKING:
     from ..hosts.base import Host
+    from ..serve.interface import Sessions
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -56,6 +58,11 @@ def serve(
     ttl: Annotated[float, Option(metavar="HOURS", help="Unused for so long, a session is deleted.")] = 168,
     sessions_per_token: Annotated[int, Option(metavar="N", help="Sessions of one token.")] = 16,
     disk_per_token: Annotated[str, Option(metavar="BYTES", help="Disk space of one token.")] = "20GB",
+    ray: Annotated[
+        bool, Option("--ray", help="Workers on a Ray of its own, on loopback, which ends with the server.")
+    ] = False,
+    ray_address: options.RayAddress = None,
+    workers: options.Workers = None,
 ) -> None:  # fmt: skip
     """Serve takes that people watch and steer: a page, REST and WebSockets. See `docs` for the protocol.
 
@@ -79,21 +86,40 @@ def serve(
         raise LongtakeError(f"--host {host}: others can reach it, so say who may use it with --tokens FILE")
     names = (*_LOOPBACK[:2], "[::1]", host, *(name or ())) if not known.required or name else ()
 
+    on_ray = ray or ray_address is not None
+    if workers is not None and not on_ray:
+        raise LongtakeError("--workers is for Ray: add --ray, or --ray-address; here each --device is one")
+    if on_ray and device and len(device) > 1:
+        raise LongtakeError("--device is given more than once: on Ray each worker has one device; use --workers")
+
     shell.hush()
     sources = dict(_named(text) for text in model or [options.DEFAULT_MODEL])
-    places: list[str | None] = [*device] if device else [None]
-    hosts = [_load(sources, place, dtype) for place in places]
-    first = next(iter(hosts[0].values()))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    with shell.cpu_threads(threads, first) as used:
-        settings = Settings(
-            state=state, snapshot_every=snapshot_every, idle_seconds=idle, ttl_seconds=ttl * 3600,
-            sessions_per_token=sessions_per_token, disk_bytes_per_token=disk,
-            origins=tuple(site.rstrip("/").lower() for site in origin or ()), hosts=tuple(n.lower() for n in names),
-        )  # fmt: skip
-        server = Server(service_of(hosts, settings, budget, used), known, host, port)
+    settings = Settings(
+        state=state.resolve(), snapshot_every=snapshot_every, idle_seconds=idle, ttl_seconds=ttl * 3600,
+        sessions_per_token=sessions_per_token, disk_bytes_per_token=disk,
+        origins=tuple(site.rstrip("/").lower() for site in origin or ()), hosts=tuple(n.lower() for n in names),
+    )  # fmt: skip
+    with contextlib.ExitStack() as around:
+        service: Sessions
+        if on_ray:
+            from ..cluster.connecting import connected, slots
+            from ..cluster.front import Front
+
+            connection = around.enter_context(connected(ray_address))
+            place = device[0] if device else None
+            count, share = slots(connection, workers, place, threads)
+            shell.say(f"starting {count} worker{'s' if count > 1 else ''} on Ray")
+            there = {name: str(Path(text).resolve()) if Path(text).is_dir() else text for name, text in sources.items()}
+            service = Front(connection, count, share, there, settings, budget, place, dtype, threads)
+        else:
+            places: list[str | None] = [*device] if device else [None]
+            hosts = [_load(sources, each, dtype) for each in places]
+            used = around.enter_context(shell.cpu_threads(threads, next(iter(hosts[0].values()))))
+            service = service_of(hosts, settings, budget, used)
+        server = Server(service, known, host, port)
         shell.say(f"serving {', '.join(sources)} at http://{host}:{port or '(a free port, see the log)'}")
         server.run()
     if not server.started:
