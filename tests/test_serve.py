@@ -207,6 +207,39 @@ def test_jpeg_pictures_for_players_that_know_nothing_else(client):
     until(lambda: client.session(session["id"])["viewers"] == 0)
 
 
+def test_who_comes_late_is_told_what_became_of_the_take(client):
+    session = client.create(PROMPT, seed=16, pace="free", chunks=40, paused=True)
+    name = session["id"]
+    saved = client.steer(name, type="save")["snapshot"]
+    with client.watch(name) as early:
+        client.steer(name, type="resume")
+        chunks_made(client, name, 1)
+        client.steer(name, type="pause")
+        at = client.session(name)
+        client.steer(name, type="prompt", text="never in force", mode="keep")
+        client.steer(name, type="prompt", text=OTHER, mode="cut")
+        policy = client.steer(name, type="policy", policy="window:frames=9,sink=3")["policy"]
+        client.steer(name, type="seek", snapshot=saved["id"])
+        heard: list = []
+        while len(heard) < 4:
+            item = next(iter(early))
+            if isinstance(item, dict) and item["type"] == "changed" and item["timeline"]:
+                heard.append(item["timeline"])
+    with client.watch(name) as late:
+        told = late.welcome["timeline"]
+    assert told == heard[-1]
+    frames = 9 + 12 * (at["chunk"] - 1)
+    assert [(m["what"], m["frame"], m["chunk"], m["prompt"]) for m in told] == [
+        ("begin", 0, 0, PROMPT), ("prompt", frames, at["chunk"], OTHER), ("policy", frames, at["chunk"], OTHER),
+        ("seek", frames, 0, PROMPT),
+    ]  # fmt: skip
+    assert told[1]["mode"] == "cut" and told[2]["policy"] == policy and saved["frame"] == 0
+    until(lambda: not client.session(name)["viewers"])
+    client.park(name)
+    with client.watch(name) as again:  # it has been on disk
+        assert again.welcome["timeline"] == told
+
+
 def test_steering_over_the_socket_is_answered_there(client):
     session = client.create(PROMPT, seed=13)
     with client.watch(session["id"]) as stream:

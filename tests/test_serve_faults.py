@@ -25,7 +25,7 @@ from websockets.sync.client import connect
 
 import longtake
 from longtake.serve.client import Client, ServerError
-from longtake.serve.protocol import ASK, Message
+from longtake.serve.protocol import Message
 from longtake.serve.recording import Recording
 from longtake.serve.stream import Channel, Viewer
 from tests.serving import OTHER, PROMPT, answers, collect, decoded, server_process, serving, until
@@ -70,6 +70,10 @@ def test_a_killed_server_loses_nothing_that_was_committed(tmp_path, host):
     assert sorted(before) == list(range(len(before))) and len(before) >= seen
     with server_process(state) as (client, process):
         assert client.session(name)["state"] == "parked" and client.session(name)["chunk"] == len(before)
+        with client.watch(name) as stream:
+            told, frames = stream.welcome["timeline"], stream.welcome["session"]["frames"]
+        assert [(m["what"], m["chunk"], m["frame"]) for m in told[1:]] == [("prompt", switched, 12 * switched - 3)]
+        assert frames >= 12 * len(before) - 3  # the stream's clock does not begin anew
         client.steer(name, type="resume")
         until(lambda: client.session(name)["state"] == "ended")
         recovery = client.session(name)["recovery"]
@@ -135,43 +139,6 @@ def test_an_idle_session_is_parked_by_itself_and_a_viewer_wakes_it(host, tmp_pat
         with client.watch(name) as stream:
             _, parts = collect(stream, 12)
         assert len(decoded(b"".join(parts))) == 12
-
-
-def test_a_full_disk_while_parking_leaves_the_session_awake_and_whole(host, tmp_path):
-    """The folder's snapshots cannot be written: its track has become unwritable by being replaced with a file."""
-    with serving(host, tmp_path / "state") as (client, server):
-        name = client.create(PROMPT, seed=7, pace="free", chunks=4)["id"]
-        until(lambda: client.session(name)["chunk"] >= 2)
-        client.steer(name, type="pause")
-        take = server.service.takes[name]
-        folder, aside = take.place.track.folder, tmp_path / "aside"
-        folder.rename(aside)
-        with pytest.raises(ServerError) as error:
-            client.park(name)
-        assert error.value.status == 507 and str(tmp_path) not in str(error.value)
-        assert client.session(name)["state"] == "paused"
-        aside.rename(folder)
-        client.steer(name, type="resume")
-        until(lambda: client.session(name)["state"] == "ended")
-        made = logged(server.service.settings.state, name)
-    reference = longtake.Session(host, prompt=PROMPT, seed=7)
-    assert all(torch.equal(next(reference).latents, made[i][0]) for i in range(4))
-
-
-def test_a_full_disk_stops_a_take_before_an_unlogged_chunk_is_shown(host, tmp_path):
-    with serving(host, tmp_path / "state") as (client, server):
-        name = client.create(PROMPT, seed=8, pace="free", paused=True, chunks=3)["id"]
-        take = server.service.takes[name]
-        folder, aside = take.place.track.folder, tmp_path / "aside"
-        folder.rename(aside)
-        client.steer(name, type="resume")
-        until(lambda: client.session(name)["state"] == "paused")
-        info = client.session(name)
-        assert "could not be written" in info["error"] and info["frames"] == 0 and info["chunk"] == 0
-        aside.rename(folder)
-        client.steer(name, type="resume")
-        until(lambda: client.session(name)["state"] == "ended")
-        assert client.session(name)["frames"] == 33 and sorted(logged(tmp_path / "state", name)) == [0, 1, 2]
 
 
 def test_damaged_newest_snapshot_and_log_line_fall_back_to_what_is_whole(host, tmp_path):
@@ -371,8 +338,9 @@ def raw_headers(client: Client) -> bytes:
         {"policy": "/tmp/evil.py:Policy"}, {"policy": "evil.py:Policy"}, {"policy": "window:frames=-1"},
         {"policy": "window:frames=99999999999"}, {"policy": "no-such"}, {"policy": "full"},
         {"reuse": "replay:/etc/passwd"},
-        {"model": "/etc"}, {"model": "owner/hub-model"}, {"model": "tiny-shapes/../tiny-shapes"}, {"prompt": "x" * 2001},
-        {"prompt": ""}, {"width": 65}, {"width": 8192, "height": 8192}, {"width": -64}, {"seed": -1}, {"seed": 2**63},
+        {"model": "/etc"}, {"model": "owner/hub-model"}, {"model": "tiny-shapes/../tiny-shapes"},
+        {"prompt": "x" * 2001}, {"prompt": ""}, {"width": 65},
+        {"width": 8192, "height": 8192}, {"width": -64}, {"seed": -1}, {"seed": 2**63},
         {"image": "!!!"}, {"image": base64.b64encode(b"GIF89a").decode()}, {"unknown": 1}, {"chunks": 0},
         {"guidance_scale": "nan"}, {"num_inference_steps": 10**9}, {"pace": "warp"}, {"output": "/tmp/x.mp4"},
     ],
@@ -528,46 +496,3 @@ def test_metrics_and_health_say_how_it_stands(guarded):
     assert name not in text and TOKENS["ada"] not in text
     assert request(client, "GET", "/healthz")[0] == request(client, "GET", "/readyz")[0] == 200
     client.delete(name)
-
-
-def test_ten_thousand_broken_messages_change_nothing(guarded):
-    """Valid messages with pieces swapped, cut and doubled, through sockets; none crashes, each is answered."""
-    client, _, server = guarded
-    name = client.create(PROMPT, paused=True)["id"]
-    before = client.session(name)
-    random = np.random.default_rng(7)
-    valid = [
-        '{"type":"steer","id":1,"action":{"type":"prompt","text":"x","mode":"cut"}}',
-        '{"type":"steer","id":2,"action":{"type":"seek","snapshot":"AAAAAAAAAAAAAAAAAAAAAA"}}',
-        '{"type":"steer","id":3,"action":{"type":"policy","policy":"window:frames=9"}}',
-    ]
-    pieces = ['"', *"{}[]:'", "null", "1e999", "-1", "\\u0000", "\x00", "true", "../", "\N{GRINNING FACE}"]
-    sent = answered = 0
-    for _ in range(20):
-        with client.watch(name) as stream:
-            for _ in range(500):
-                text = valid[random.integers(3)]
-                for _ in range(random.integers(1, 4)):
-                    a, b = sorted(random.integers(0, len(text) + 1, 2))
-                    text = text[:a] + pieces[random.integers(len(pieces))] + text[b:]
-                if text in valid or _is_action(text):
-                    text = "!" + text
-                stream.socket.send(text.encode("utf-8", "replace").decode())
-                sent += 1
-                while True:
-                    item = stream.socket.recv(timeout=20)
-                    if isinstance(item, str) and json.loads(item)["type"] == "error":
-                        answered += 1
-                        break
-    assert sent == answered == 10_000
-    until(lambda: client.session(name)["viewers"] == 0)
-    assert client.session(name) == before and server.service.healthy
-    client.delete(name)
-
-
-def _is_action(text: str) -> bool:
-    try:
-        ASK.validate_json(text)
-    except ValueError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from longtake.serve.fmp4 import sample
 from longtake.serve.stream import Encoder
 from tests.serving import PROMPT, server_process
 
-SESSIONS, VIEWERS, CHUNKS = 3, 4, 16
+SESSIONS, VIEWERS, CHUNKS = 3, 4, 12
 
 # A process of viewers, all on one thread, so that they take little of the machine they share with the server. Says when
 # all watch, then prints when the last of them had everything, and for each the sequence numbers of its fragments and a

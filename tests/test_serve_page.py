@@ -258,6 +258,23 @@ def test_a_prompt_change_is_visible_in_the_picture_and_stands_in_the_timeline(br
         assert client.session(name)["prompt"] == BLUE
 
 
+def test_who_comes_late_finds_the_prompts_and_policies_so_far(browser, client):
+    name = client.create(RED, seed=7)["id"]
+    until(lambda: client.session(name)["chunk"] >= 1)
+    client.steer(name, type="prompt", text=BLUE, mode="cut")
+    made = client.session(name)["chunk"]
+    until(lambda: client.session(name)["chunk"] > made)
+    client.steer(name, type="policy", policy="window:frames=9,sink=3")
+    with opened(browser, client.url) as page:
+        page.goto(f"{client.url}/#take={name}")
+        page.reload()
+        until(lambda: page.locator("#moments li").count() == 3)
+        first, second, third = page.locator("#moments li").all_text_contents()
+        assert RED in first and BLUE in second and "cut" in second and "window:frames=9" in third
+        until(lambda: pixels(page)["mean"] > 3)
+        assert page.locator("#moments li").count() == 3  # what is made now changes none of it
+
+
 def test_the_picture_goes_on_after_the_network_was_away(browser, server, client):
     wire = Wire(server[1].address[1])
     try:

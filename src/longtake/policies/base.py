@@ -57,6 +57,11 @@ class KVPolicy(ABC):
         """Most forms with key sums at once, if the policy requires "key_sums"."""
         return 0
 
+    def chunks_held(self, shape: HistoryShape) -> tuple[int, int]:
+        """About how many chunks something is held of, where the capacity is bounded, and of how many of those a
+        compressed form: what is kept of a chunk beside its K/V (latents, compressed tokens) goes by these."""
+        return (self.capacity(shape) or 0) // shape.chunk_tokens, 0
+
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """This policy with its own parameters chosen so that what is held takes at most `budget` bytes.
 

@@ -179,6 +179,10 @@ class PackForcing(KVPolicy):
             return 0
         return sum(self._counts(shape)) + (0 if self.sink else 1)
 
+    def chunks_held(self, shape: HistoryShape) -> tuple[int, int]:
+        whole, archived = self._counts(shape)
+        return whole + archived, min(whole, self.recent + 1) + archived if self.middle == "compressed" else 0
+
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """First a smaller sink, if it must be; then an archive of up to four times `top_k` blocks, then more recent
         chunks whole, and what is left again for the archive."""

@@ -1,8 +1,8 @@
 """Bytes of a session before it exists, and who has reserved what.
 
-Everything follows from the policy's `capacity` and `visible`, the model's shape and two measurements made once per
-model: what a prompt leaves behind, and what the decoder keeps per pixel (every tensor it keeps is a feature map, so its
-bytes are in proportion to the area).
+The history's are the planner's arithmetic (`planner.footprint`); the rest follows from measurements made once per
+model: what a prompt leaves behind, and what the decoder and the compressor keep per pixel (every tensor they keep is a
+feature map, so its bytes are in proportion to the area). Only score tables are left out: they are small.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from ..compressors import TakeState
 from ..errors import LongtakeError
 from ..geometry import Geometry
 from ..hosts.base import Host
 from ..named import spec
 from ..plan import HistoryShape
+from ..planner.footprint import RESIDENCIES, history_bytes, largest
 from ..policies import KVPolicy
+from ..reuse import ReusePolicy
 from ..samplers import default_sampler
 from ..samplers.staggered import Stagger
 from ..session import history_shape
 from .errors import NoRoom
 from .protocol import Fits
 
-_PROBE = 4  # side of the picture that the decoder is measured with, in its smallest units
+_PROBE = 4  # side of the picture that decoder and compressor are measured with, in their smallest units
+_LATENT = 4  # bytes of a channel of a latent
+_SOLVED = 3  # latents that the solver of a staggered chunk keeps beside its own: UniPC of order 2
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,22 @@ class Constants:
     text: int  # bytes of one prompt
     anchors: int  # tokens of a prompt that is part of the sequence
     decoder: float  # bytes per pixel
+    compressor: float = 0.0  # bytes per pixel
+    compressed: int = 0  # bytes of one compressed token, as it is kept beside latents
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes that a session holds between two chunks once it is full, by part."""
 
-    store: int  # K/V of what is kept, the chunks in flight included
+    store: int  # K/V of what is kept, the chunks in flight included; key and query sums
     view: int
     archive: int  # in host memory
     text: int
     decoder: int
     latents: int
+    compressor: int
+    reuse: int
     residency: str = "resident"
 
     @property
@@ -55,7 +64,7 @@ class Footprint:
 
 @torch.no_grad()
 def measure(host: Host) -> Constants:
-    """The constants of a model, from one prompt and three latent frames."""
+    """The constants of a model, from one prompt and a few latent frames."""
     text = host.text_state(host.encode_prompt(["a"]))
     host.prompts_encoded()
     at = host.prefix(text)
@@ -64,7 +73,24 @@ def measure(host: Host) -> Constants:
     small, decoder = host.geometry(*sides), host.decoder()
     with host.lock:
         decoder.push(torch.zeros(1, small.channels, 3, *small.latent_size, device=host.device))
-    return Constants(text.nbytes, 0 if at is None else len(at[0]), decoder.nbytes / (small.height * small.width))
+    area = small.height * small.width
+    return Constants(text.nbytes, 0 if at is None else len(at[0]), decoder.nbytes / area, *_compressing(host, small))
+
+
+def _compressing(host: Host, geometry: Geometry) -> tuple[float, int]:
+    """What the model's compressor keeps per pixel, and the bytes of one of its tokens, from two chunks."""
+    if isinstance(host.compressor, torch.nn.Module):
+        host.compressor.to(host.device)
+    span, state, decoder = geometry.chunk_frames, TakeState(), host.decoder()
+    latents = torch.zeros(1, geometry.channels, span, *geometry.latent_size, device=host.device)
+    try:
+        with host.lock:
+            for _ in range(2):
+                pixels = decoder.push(latents).cpu() if host.compressor.wants_pixels else None
+                tokens, state = host.compressor.compress(latents, pixels, state, host, geometry)
+    except LongtakeError:  # a model without compressed histories
+        return 0.0, 0
+    return state.nbytes / (geometry.height * geometry.width), tokens.nbytes // tokens.shape[1]
 
 
 def shape_of(
@@ -89,48 +115,54 @@ def shape_of(
 
 def footprint(
     host: Host, geometry: Geometry, policy: KVPolicy, shape: HistoryShape, constants: Constants, keep_latents: bool,
-    residency: str = "resident",
+    residency: str = "resident", reuse: ReusePolicy | None = None,
 ) -> Footprint:  # fmt: skip
     """The bytes of a session. Raises LongtakeError for a policy that grows with the take."""
-    capacity, visible = policy.capacity(shape), policy.visible(shape)
-    if capacity is None or visible is None:
-        raise LongtakeError(
-            f"policy {policy.name} grows with the take: say how many chunks it has, or use a bounded policy"
-        )
-    rows, shown = capacity + shape.anchor_tokens, visible + shape.anchor_tokens
-    positions = 2 * 8 * host.rotary.axes * shape.streams  # base and step of a row, in fp64
-    view = {
-        "resident": shown * shape.token_bytes,
-        "scratch": shown * shape.token_bytes // (shape.layers * shape.streams),
-    }[residency]
-    away, fetched = policy.offloaded(shape)
-    h, w = geometry.latent_size
-    latents = 4 * geometry.channels * h * w * (capacity // shape.tokens_per_frame) if keep_latents else 0
+    history = history_bytes(policy, shape, axes=host.rotary.axes, residency=residency)
+    pixels, compresses = geometry.height * geometry.width, "compressed" in policy.requires
+    chunks, small = policy.chunks_held(shape) if keep_latents else (0, 0)
+    tokens = small * shape.compressed_tokens * constants.compressed
+    moving, reused = _in_flight(host, geometry, shape, reuse)
     return Footprint(
-        store=rows * (shape.token_bytes + positions), view=view + fetched * shape.token_bytes,
-        archive=away * (shape.token_bytes + positions), text=constants.text * shape.streams,
-        decoder=round(constants.decoder * geometry.height * geometry.width), latents=latents, residency=residency,
+        store=history.store, view=history.view + history.fetched, archive=history.archive,
+        text=constants.text * shape.streams, decoder=round(constants.decoder * pixels),
+        latents=chunks * shape.chunk_frames * _latent_bytes(geometry) + moving,
+        compressor=tokens + (round(constants.compressor * pixels) if compresses else 0), reuse=reused,
+        residency=residency,
     )  # fmt: skip
+
+
+def _latent_bytes(geometry: Geometry) -> int:
+    """Of one latent frame, in fp32."""
+    height, width = geometry.latent_size
+    return _LATENT * geometry.channels * height * width
+
+
+def _in_flight(host: Host, geometry: Geometry, shape: HistoryShape, reuse: ReusePolicy | None) -> tuple[int, int]:
+    """Latents of chunks that several denoising steps are going on in between two chunks, with what their solvers keep;
+    and what reuse remembers of them. Chunks that come one by one leave nothing behind."""
+    if host.config.sampler != "staggered":
+        return 0, 0
+    chunk = _latent_bytes(geometry) * shape.chunk_frames
+    moving = shape.live_chunks * chunk * (1 + (_SOLVED if host.solver == "unipc" else 0))
+    if reuse is None or reuse.name == "none":
+        return moving, 0
+    before = chunk if reuse.measure() == "latent" else 0
+    residual = shape.chunk_tokens * shape.kv_heads * shape.head_dim * shape.itemsize * shape.streams
+    return moving, shape.live_chunks * (before + (residual if reuse.carries() == "residual" else chunk))
 
 
 def fitting(
     host: Host, geometry: Geometry, policy: KVPolicy, shape: HistoryShape, constants: Constants, keep_latents: bool,
-    free: int,
+    free: int, reuse: ReusePolicy | None = None,
 ) -> Fits | None:  # fmt: skip
     """A configuration of `policy` whose session takes at most `free` bytes, as large as `policy.fit` makes it."""
-    for residency in ("resident", "scratch"):
-        budget = free
-        for _ in range(12):
-            try:
-                fitted = policy.fit(budget, shape)
-                fitted.check(shape)
-                total = footprint(host, geometry, fitted, shape, constants, keep_latents, residency).total
-            except LongtakeError:
-                break
-            if total <= free:
-                return Fits(policy=spec(fitted), bytes=total)
-            budget = min(int(budget * free / total), budget - 1)
-    return None
+
+    def cost(candidate: KVPolicy, residency: str) -> int:
+        return footprint(host, geometry, candidate, shape, constants, keep_latents, residency, reuse).total
+
+    found = (largest(policy, shape, cost, free, residency) for residency in RESIDENCIES)
+    return next((Fits(policy=spec(fitted.policy), bytes=fitted.bytes) for fitted in found if fitted is not None), None)
 
 
 class Ledger:

@@ -83,9 +83,11 @@ class Track:
     def chunks(self) -> dict[int, Path]:
         return {int(path.stem.split("-")[1]): path for path in self.folder.glob("chunk-*.safetensors")}
 
-    def append(self, index: int, latents: Tensor, noise: list[Tensor]) -> None:
-        """Log a committed chunk: latents [B, C, f, h, w], and the random state after it. Raises Full."""
+    def append(self, index: int, latents: Tensor, noise: list[Tensor], frame: int) -> None:
+        """Log a committed chunk: latents [B, C, f, h, w], the random state after it, and the frame of the stream that
+        follows its own. Raises Full."""
         tensors = {"latents": latents.cpu().contiguous()} | {f"rng/{i}": state for i, state in enumerate(noise)}
+        tensors["frame"] = torch.tensor(frame)
         write_private(self.folder / f"chunk-{index:08d}.safetensors", save(tensors), "the chunk")
 
     def note(self, event: dict[str, Any]) -> None:
@@ -154,7 +156,8 @@ class Track:
 
     def restore(self, host: Host) -> tuple[Session, Recovery]:
         """The take as it stood after the last chunk and event in the log: from the newest readable snapshot, by the
-        commit passes of what came after it. Raises LongtakeError if no snapshot can be read."""
+        commit passes of what came after it, or, where those do not lead to the same history, by making it again. Raises
+        LongtakeError if no snapshot can be read."""
         started = time.perf_counter()
         reason: LongtakeError | None = None
         for base in reversed(self.bases()):
@@ -163,11 +166,35 @@ class Track:
             except LongtakeError as error:
                 reason = error
                 continue
-            count = self.replay(session, base.events)
+            replayed = remade = 0
+            exact = True
+            if replayable(session):
+                replayed = self.replay(session, base.events)
+            else:
+                remade, exact = self.remake(session, base.events)
+            if not exact and isinstance(session.sampler, ChunkedSampler):  # what was shown counts, not what is made now
+                session = Session.restore(base.path, host)
+                remade, replayed = 0, self.replay(session, base.events)
             return session, Recovery(
-                snapshot_chunk=base.chunk, replayed_chunks=count, seconds=time.perf_counter() - started
-            )
+                snapshot_chunk=base.chunk, replayed_chunks=replayed, remade_chunks=remade, exact=exact,
+                seconds=time.perf_counter() - started,
+            )  # fmt: skip
         raise LongtakeError("none of the session's snapshots can be read any more") from reason
+
+    def remake(self, session: Session, events: int) -> tuple[int, bool]:
+        """Make the logged chunks again from the session's own on, with what was asked between them: how many, and
+        whether each came out as it is in the log, bit for bit."""
+        logged, first = self.chunks(), session.index
+        waiting = self.events[events:]
+        while True:
+            waiting = _obey(session, waiting)
+            try:
+                latents = _read(logged[session.index])[0]
+            except (KeyError, OSError, ValueError):  # the end, or a file that the system lost
+                return session.index - first, True
+            made = next(session).latents[None]
+            if not torch.equal(made.cpu(), latents):
+                return session.index - first, False
 
     def replay(self, session: Session, events: int, until: int | None = None) -> int:
         """Commit the logged chunks from the session's own on, with what was asked between them; returns how many.
@@ -175,9 +202,7 @@ class Track:
         logged, first, noise = self.chunks(), session.index, None
         waiting = self.events[events:]
         while True:
-            while waiting and waiting[0]["at"] <= session.index:
-                event = waiting.pop(0)
-                session.switch(event["text"], event["mode"])
+            waiting = _obey(session, waiting)
             if session.index not in logged or session.index == until:
                 break
             try:
@@ -215,6 +240,20 @@ class Place:
     @property
     def track(self) -> Track:
         return Track(self.folder / self.manifest["track"])
+
+    @property
+    def frame(self) -> int:
+        """The next frame of the stream: a killed process leaves what its last chunk says. Chunks before `since` are
+        those of a fork's parent, or from before a seek."""
+        told: int = self.manifest.get("frame", 0)
+        chunks = self.track.chunks() if "track" in self.manifest else {}
+        newest = max(chunks, default=-1)
+        if newest < self.manifest.get("since", 0):
+            return told
+        try:
+            return int(_tensors(chunks[newest])["frame"])
+        except (KeyError, ValueError):
+            return told
 
     @property
     def recording(self) -> Path:
@@ -261,7 +300,7 @@ class Place:
 
 def replayable(session: Session) -> bool:
     """Whether the commit passes of the logged latents alone lead to the same history: one chunk at a time, and a policy
-    that looks at no scores of denoising forwards. For other takes a snapshot is written after every chunk."""
+    that looks at no scores of denoising forwards. Other takes come back by making their chunks again."""
     return isinstance(session.sampler, ChunkedSampler) and type(session.policy).score is KVPolicy.score
 
 
@@ -294,7 +333,16 @@ def write_private(path: Path, content: bytes, what: str) -> None:
 
 def _read(path: Path) -> tuple[Tensor, list[Tensor]]:
     tensors = _tensors(path)
-    return tensors["latents"], [tensors[f"rng/{i}"] for i in range(len(tensors) - 1)]
+    states = sum(name.startswith("rng/") for name in tensors)
+    return tensors["latents"], [tensors[f"rng/{i}"] for i in range(states)]
+
+
+def _obey(session: Session, waiting: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do what was asked before the session's next chunk; returns what was asked later."""
+    due = [event for event in waiting if event["at"] <= session.index]
+    for event in due:
+        session.switch(event["text"], event["mode"])
+    return waiting[len(due) :]
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -44,6 +44,11 @@ class NewSession(Message):
     pace: Literal["live", "free"] = Field("live", description="live: about as fast as it plays; free: at once")
     paused: bool = Field(False, description="begin with the first `resume`")
     record: bool = False
+    batch: bool = Field(
+        False,
+        description="make its chunks together with those of others of its size that ask for it too: fewer, larger "
+        "forwards, rounded differently (1e-5)",
+    )  # fmt: skip
 
 
 class SetPrompt(Message):
@@ -155,13 +160,29 @@ class SavedSnapshot(Message):
     prompt: str
     bytes: int
     created: float  # seconds since 1970
+    frame: int | None = None  # where the stream stood
+
+
+class Moment(Message):
+    """From a frame of the stream on, another prompt or policy is in force, or the take goes on from a snapshot."""
+
+    frame: int
+    chunk: int  # chunks made before it
+    what: Literal["begin", "prompt", "policy", "seek"]
+    prompt: str
+    policy: str
+    mode: str | None = None  # of a prompt
 
 
 class Recovery(Message):
-    """How a session came back: from the snapshot after `snapshot_chunk` chunks, and `replayed_chunks` from the log."""
+    """How a session came back: from the snapshot after `snapshot_chunk` chunks, and what the log says came after it:
+    `replayed_chunks` by their commit passes alone, or `remade_chunks` by denoising them again. `exact`: all of them
+    came out as they are in the log, bit for bit."""
 
     snapshot_chunk: int
     replayed_chunks: int
+    remade_chunks: int = 0
+    exact: bool = True
     seconds: float
 
 
@@ -177,6 +198,7 @@ class SessionInfo(Message):
     height: int
     fps: float
     pace: str
+    batch: bool
     chunk: int  # chunks made
     chunks: int | None  # when it ends
     frames: int  # pixel frames streamed
@@ -220,6 +242,7 @@ class Welcome(Message):
     session: SessionInfo
     format: str
     mime: str  # what a player is told: video/mp4 with its codec, or image/jpeg
+    timeline: list[Moment] = []  # what became of the take so far, newest last
 
 
 class ChunkMade(Message):
@@ -239,6 +262,7 @@ class ChunkMade(Message):
 class Changed(Message):
     type: Literal["changed"] = "changed"
     session: SessionInfo
+    timeline: list[Moment] | None = None  # if that has changed too
 
 
 class Dropped(Message):

@@ -19,6 +19,7 @@ from .metrics import Metrics
 from .naming import policy_named
 from .settings import Settings
 from .take import Take
+from .together import Together
 
 log = logging.getLogger("longtake.serve")
 T = TypeVar("T")
@@ -153,10 +154,27 @@ class Worker:
                     return None
                 if ready is not None:
                     self._chunk_next = False
-                    self._ring.remove(ready)
-                    self._ring.append(ready)
-                    return self.takes[ready].step
+                    return self._turn(ready, [name for name, wait in due.items() if wait == 0])
                 self._wake.wait(min([_HOUSEKEEPING, *due.values()]))
+
+    def _turn(self, name: str, ready: list[str]) -> Callable[[], None]:
+        """The chunk of a session, and with it those of others that ask to be made together; they go to the end of the
+        ring."""
+        take = self.takes[name]
+        others = [self.takes[other] for other in ready if other != name] if take.request.batch else []
+        round = [take, *(other for other in others if other.joins(take))][: self.settings.batch_most]
+        for each in round:
+            self._ring.remove(each.name)
+            self._ring.append(each.name)
+        return take.step if len(round) == 1 else lambda: self._make_together(round)
+
+    def _make_together(self, takes: list[Take]) -> None:
+        takes = [take for take in takes if take.prepare()]
+        if not takes:
+            return
+        made = Together(takes[0].host).run([take.make for take in takes], self._threads)
+        for take, outcome in zip(takes, made, strict=True):
+            take.finish(outcome)
 
     def _job(self, job: Callable[[], Any], future: Future[Any]) -> Callable[[], None]:
         def run() -> None:

@@ -84,6 +84,8 @@ class Service:
             raise LongtakeError(f"{geometry.width}x{geometry.height}: at most {self.settings.max_pixels} pixels")
         policy = policy_named(request.policy) if request.policy else default_policy(host)
         reuse_named(request.reuse)
+        if request.batch and host.config.sampler != "chunked":
+            raise LongtakeError(f"batch: {name} does not make one chunk at a time: leave it out")
         image = None
         if request.image is not None:
             image = await asyncio.to_thread(first_image, request.image, geometry, self.settings)
@@ -183,7 +185,7 @@ class Service:
                 copy = track.branch(child.place.next_track(), base)
                 policy, prompt = take.policy, take.prompt
                 child.place.write(track=copy.folder.name, policy=policy, prompt=prompt, wanted=child.wanted,
-                                  created=child.created, chunk=base.chunk, frame=0)  # fmt: skip
+                                  created=child.created, chunk=base.chunk, since=base.chunk, frame=0)  # fmt: skip
                 child.policy, child.prompt, child.chunk = policy, prompt, base.chunk
                 worker.wake(child)
                 if request.prompt is not None:
@@ -223,7 +225,9 @@ class Service:
             worker.wake(take)
             take.touch()
             mime = take.channel.mime if kind == "mp4" else "image/jpeg"
-            take.channel.attach(viewer, Welcome(session=take.info(), format=kind, mime=mime))
+            take.channel.attach(
+                viewer, Welcome(session=take.info(), format=kind, mime=mime, timeline=take.timeline)
+            )
 
         await _wait(worker.call(attach))
         return take, viewer
@@ -302,7 +306,11 @@ class Service:
         folder = self.settings.state / name
         private_folder(folder)
         place = Place(folder, {})
-        place.write(format=_MANIFEST, id=name, owner=owner, request=request.model_dump(), used=time.time())
+        try:
+            place.write(format=_MANIFEST, id=name, owner=owner, request=request.model_dump(), used=time.time())
+        except Refused:
+            place.delete()
+            raise
         return self._take(worker, name, owner, request, place)
 
     def _take(self, worker: Worker, name: str, owner: str, request: NewSession, place: Place) -> Take:

@@ -24,6 +24,7 @@ class Settings:
     record_bytes: int = 4 * 10**9  # per session
     saved_per_session: int = 32
     viewers_per_session: int = 64
+    batch_most: int = 8  # sessions whose chunks are made together, of those that ask for it
     viewer_bytes: int = 16 * 10**6  # waiting for one viewer, above which fragments are dropped
     replay_chunks: int = 2000  # most that a change of policy replays
     max_body: int = 13_000_000

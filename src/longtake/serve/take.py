@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -25,13 +26,15 @@ from .errors import NoRoom, Refused
 from .metrics import Metrics
 from .naming import policy_named, reuse_named
 from .parking import Base, Place, Track, noise_state, replayable
-from .protocol import Changed, ChunkMade, NewSession, Recovery, SavedSnapshot, SessionInfo
+from .protocol import Changed, ChunkMade, Moment, NewSession, Recovery, SavedSnapshot, SessionInfo
 from .recording import Recording
 from .settings import Settings
 from .stream import Channel
 from .strip import Sight
 
 log = logging.getLogger("longtake.serve")
+
+_MOMENTS = 100  # of a timeline that are kept
 
 
 class Take:
@@ -54,11 +57,11 @@ class Take:
         self.chunk: int = told.get("chunk", 0)
         self.error: str | None = None
         self.recovery: Recovery | None = None
+        self.timeline = [Moment.model_validate(moment) for moment in told.get("timeline", [])]
         self.used = time.monotonic()
         self.created: float = told.get("created") or time.time()
         self.channel = Channel(
-            self.geometry.width, self.geometry.height, self.geometry.fps, settings.keyframe_seconds,
-            told.get("frame", 0),
+            self.geometry.width, self.geometry.height, self.geometry.fps, settings.keyframe_seconds, place.frame,
         )  # fmt: skip
         self._publisher = publisher
         self._publishing: Future[None] | None = None
@@ -102,13 +105,18 @@ class Take:
             id=self.name, model=self.host.name if self.request.model is None else self.request.model, state=self.state,
             prompt=self.prompt, policy=self.policy, reuse=self.request.reuse or "none", seed=self.request.seed,
             width=self.geometry.width, height=self.geometry.height, fps=self.geometry.fps, pace=self.request.pace,
-            chunk=self.chunk, chunks=self.request.chunks, frames=self.channel.frame, viewers=self.channel.viewers,
+            batch=self.request.batch, chunk=self.chunk, chunks=self.request.chunks, frames=self.channel.frame,
+            viewers=self.channel.viewers,
             reserved_bytes=self.ledger.of(self.name), held_bytes=self.held_bytes, memory=self._held,
             stats=self._stats, recording=recording is not None and not recording.full,
             recorded_frames=recording.frames if recording else self.place.manifest.get("recorded", 0),
             snapshots=[SavedSnapshot(**s) for s in self.place.manifest.get("saved", [])],
             recovery=self.recovery, error=self.error, created=self.created,
         )  # fmt: skip
+
+    def joins(self, other: Take) -> bool:
+        """Whether both ask to be made together, and can be: the same model at the same size."""
+        return self.request.batch and self.host is other.host and self.geometry == other.geometry
 
     # --- its bytes --------------------------------------------------------------------------------------------------
 
@@ -124,12 +132,12 @@ class Take:
             shape = replace(shape, frames=request.chunks * self.geometry.chunk_frames + 1)
         policy = policy.settle(shape)
         policy.check(shape)
-        kept = self._keeps_latents
+        kept, reuse = self._keeps_latents, reuse_named(request.reuse)
         for residency in ("resident", "scratch"):
-            need = footprint(host, self.geometry, policy, shape, self.constants, kept, residency)
+            need = footprint(host, self.geometry, policy, shape, self.constants, kept, residency, reuse)
             if need.total <= free:
                 return need
-        raise NoRoom(need.total, free, fitting(host, self.geometry, policy, shape, self.constants, kept, free))
+        raise NoRoom(need.total, free, fitting(host, self.geometry, policy, shape, self.constants, kept, free, reuse))
 
     @property
     def _keeps_latents(self) -> bool:
@@ -145,7 +153,7 @@ class Take:
         track = self._awake_track
         self._based = track.save(session).chunk
         self.place.write(track=track.folder.name, policy=self.policy, prompt=self.prompt, wanted=self.wanted,
-                         created=self.created, chunk=0, frame=0)  # fmt: skip
+                         created=self.created, chunk=0, frame=0, timeline=self._happened("begin"))  # fmt: skip
         if self.request.record:
             self._record(True)
 
@@ -153,7 +161,9 @@ class Take:
         """Come back from disk; the bytes are reserved by now."""
         track = self.place.track
         session, recovery = track.restore(self.host)
-        recovered = recovery.replayed_chunks > 0 or bool(self.place.manifest.get("awake"))
+        if self.request.batch and recovery.replayed_chunks:
+            recovery = recovery.model_copy(update={"exact": False})  # they were committed in a round
+        recovered = recovery.replayed_chunks + recovery.remade_chunks > 0 or bool(self.place.manifest.get("awake"))
         self._adopt(session, track)
         self._based = recovery.snapshot_chunk
         self.prompt, self.recovery, self.error = str(session.prompt) or self.prompt, recovery, None
@@ -164,7 +174,7 @@ class Take:
             self.metrics.recovered.inc()
             self.metrics.recovery_seconds.observe(recovery.seconds)
         log.info("session awake", extra=self.log_extra | recovery.model_dump())
-        self._mark(awake=True)
+        self._mark(awake=True, **({} if self.timeline else {"timeline": self._happened("begin")}))
         if self.place.manifest.get("recording"):
             self._record(True)
 
@@ -204,33 +214,59 @@ class Take:
 
     def step(self) -> None:
         """Make a chunk: log it, then show it."""
-        assert self.session is not None
+        if self.prepare():
+            try:
+                made: Chunk | BaseException = self.make()
+            except Exception as error:
+                made = error
+            self.finish(made)
+
+    def prepare(self) -> bool:
+        """Whether a chunk can be made: the one before it has been logged."""
         now = time.monotonic()
         played = self._frames / self.geometry.fps
         self._ahead_since = max(self._ahead_since, now - played)  # a late stream does not catch up by hurrying
         try:
             self._log_late()
-            chunk = next(self.session)
-        except (NonFiniteError, LongtakeError) as error:
-            self._stop(str(error))
-            return
-        except Exception:  # out of memory, a defect: the others go on
-            log.exception("chunk failed", extra=self.log_extra)
-            self._stop("the chunk could not be made; resume tries again")
-            return
-        self._unlogged = chunk
-        try:
-            self._log_late()
         except Refused as error:
             self._stop(str(error))
+            return False
+        return self.session is not None and self.wanted == "running"
+
+    def make(self, seat: Any = None) -> Chunk:
+        """The next chunk; `seat` stands for the host in a round of several (`together`)."""
+        session = self._awake
+        if seat is None:
+            return next(session)
+        session.host, own = seat, session.host
+        try:
+            return next(session)
+        finally:
+            session.host = own
+
+    def finish(self, made: Chunk | BaseException) -> None:
+        """Log and show what `make` returned, or stand still for what it raised."""
+        if isinstance(made, Chunk):
+            self._unlogged = made
+            try:
+                self._log_late()
+            except Refused as error:
+                self._stop(str(error))
+        elif isinstance(made, NonFiniteError | LongtakeError):
+            self._stop(str(made))
+        else:  # out of memory, a defect: the others go on
+            log.error("chunk failed", extra=self.log_extra, exc_info=made)
+            self._stop("the chunk could not be made; resume tries again")
 
     def apply(self, action: Any) -> dict[str, Any]:
         """Do what was asked; the answer is for whoever asked. Raises LongtakeError, and changes nothing then."""
         assert self.session is not None
         self.touch()
         self._log_late()
+        before = self.timeline
         result: dict[str, Any] = getattr(self, f"_{action.type}")(action) or {}
-        self.channel.tell(Changed(session=self.info()))
+        told = None if self.timeline is before else self.timeline
+        self.channel.tell(Changed(session=self.info(), timeline=told))
         return result
 
     # --- actions ----------------------------------------------------------------------------------------------------
@@ -245,7 +281,7 @@ class Take:
             self._adopt(track.restore(self.host)[0], track)
             raise
         self.prompt = action.text
-        self._mark(prompt=self.prompt)
+        self._mark(prompt=self.prompt, timeline=self._happened("prompt", mode))
         return {"mode": mode, "chunk": session.index}
 
     def _pause(self, action: Any) -> None:
@@ -268,8 +304,14 @@ class Take:
         name = secrets.token_urlsafe(16)
         copy = track.branch(self.place.folder / "saved" / name, track.save(session))
         size = copy.bases()[0].path.stat().st_size
-        saved = SavedSnapshot(id=name, chunk=session.index, prompt=self.prompt, bytes=size, created=time.time())
-        self.place.write(saved=[*kept, saved.model_dump()])
+        saved = SavedSnapshot(
+            id=name, chunk=session.index, prompt=self.prompt, bytes=size, created=time.time(), frame=self._frames
+        )
+        try:
+            self.place.write(saved=[*kept, saved.model_dump()])
+        except Refused:
+            shutil.rmtree(copy.folder, ignore_errors=True)
+            raise
         return {"snapshot": saved.model_dump()}
 
     def _seek(self, action: Any) -> dict[str, Any]:
@@ -279,13 +321,13 @@ class Take:
         session = Session.restore(base.path, self.host)
         if session.policy != self._awake.policy:
             self._reserve(session.policy)
-        self.place.jump(track, chunk=session.index)
+        self.place.jump(track, chunk=session.index, since=session.index, frame=self._frames)
         self._adopt(session, track)
         self._based = base.chunk
         self.prompt = str(session.prompt)
         if self.wanted == "ended":
             self.wanted = "paused"
-        self._mark(prompt=self.prompt, policy=self.policy, wanted=self.wanted)
+        self._mark(prompt=self.prompt, policy=self.policy, wanted=self.wanted, timeline=self._happened("seek"))
         return {"chunk": session.index}
 
     def _policy(self, action: Any) -> dict[str, Any]:
@@ -318,6 +360,7 @@ class Take:
             raise
         self._adopt(fresh, track)
         self._based = fresh.index
+        self._mark(timeline=self._happened("policy"))
         return {"policy": self.policy, "chunk": index, "seconds": time.perf_counter() - started}
 
     def _record(self, action: Any) -> None:
@@ -377,6 +420,17 @@ class Take:
         self.ledger.reserve(self.name, need.total)
         return need
 
+    def _happened(self, what: Any, mode: str | None = None) -> list[dict[str, Any]]:
+        """Put what is in force from the next chunk on into the timeline; returns all of it."""
+        now = Moment(
+            frame=self._frames, chunk=self._awake.index, what=what, prompt=self.prompt, policy=self.policy, mode=mode
+        )
+        kept = self.timeline
+        if kept and what == "prompt" == kept[-1].what and kept[-1].frame == now.frame:
+            kept = kept[:-1]  # it never came into force
+        self.timeline = [*kept[:1], *kept[1:][-(_MOMENTS - 2) :], now]
+        return [moment.model_dump() for moment in self.timeline]
+
     def _mark(self, **changes: Any) -> None:
         """Note how it stands, if the disk lets us: what matters for coming back is in the track."""
         try:
@@ -394,8 +448,11 @@ class Take:
         if self._unlogged is None:
             return
         session, track, chunk = self._awake, self._awake_track, self._unlogged
-        track.append(chunk.index, chunk.latents[None], noise_state(session))
-        if not replayable(session) or session.index - self._based >= self.settings.snapshot_every:
+        frames = 0 if chunk.frames is None else len(chunk.frames)
+        track.append(chunk.index, chunk.latents[None], noise_state(session), self._frames + frames)
+        # a chunk that was made in a round cannot be made again by itself, bit for bit
+        lasting = not self.request.batch or replayable(session)
+        if session.index - self._based >= (self.settings.snapshot_every if lasting else 1):
             self._based = track.save(session).chunk
             track.trim(self.settings.log_bytes)
         self._unlogged = None

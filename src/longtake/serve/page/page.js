@@ -214,13 +214,19 @@ function linkState(state, why, words) {
 function hear(told) {
   if (told.type === "welcome") welcome(told);
   else if (told.type === "chunk") chunk(told);
-  else if (told.type === "changed") show(told.session);
+  else if (told.type === "changed") changed(told);
   else if (told.type === "dropped") say("This connection is too slow: some of the video is missing.");
 }
 
-function welcome({ session, mime }) {
+function changed({ session, timeline: moments }) {
+  show(session);
+  if (moments?.length) timeline.set(moments);
+}
+
+function welcome({ session, mime, timeline: moments }) {
   timeline.end = Math.max(timeline.end, session.frames);
   show(session);
+  if (moments?.length) timeline.set(moments);
   if (!timeline.moments.length) timeline.add({ frame: session.frames, prompt: session.prompt, policy: session.policy });
   if (!greeted && Object.keys(session.stats).length) meters.add(session.stats, session);
   greeted = true;
@@ -280,8 +286,7 @@ function show(session) {
   $("pause").textContent = session.state === "paused" ? "Resume" : "Pause";
   $("pause").disabled = !["running", "paused"].includes(session.state);
   $("record").setAttribute("aria-pressed", String(session.recording));
-  if (session.timeline?.length) timeline.set(session.timeline);
-  timeline.saved = session.snapshots.map((s) => s.frame).filter((frame) => frame !== undefined);
+  timeline.saved = session.snapshots.map((s) => s.frame).filter((frame) => frame !== null);
   caption();
   recorded();
   snapshots();

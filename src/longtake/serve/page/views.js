@@ -90,8 +90,8 @@ export class Timeline {
   // A prompt and a policy, in force from a frame of the stream on.
   add({ frame, prompt, policy }) {
     const last = this.moments.at(-1);
-    if (last && last.prompt === prompt && last.policy === policy) return;
-    if (last && frame <= last.frame) this.moments.pop();
+    if (last && (frame < last.frame || (last.prompt === prompt && last.policy === policy))) return;
+    if (last && frame === last.frame) this.moments.pop();
     this.moments.push({ frame, prompt, policy });
     this.drawList();
   }
