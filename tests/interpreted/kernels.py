@@ -105,14 +105,15 @@ def test_a_take_by_kernels_is_the_take_by_pytorch(name, monkeypatch):
     assert any(read) == (name not in WITHOUT)
 
 
-# their views hold choices, fused blocks, weights or heads that see different keys
-WITHOUT = {"packforcing", "deep-forcing", "dummy-forcing", "flowcache"}
+# their views hold fused blocks, or heads that see different keys
+WITHOUT = {"deep-forcing", "dummy-forcing", "flowcache"}
 
 
+@pytest.mark.parametrize("form", [None, "fp8"])
 @pytest.mark.parametrize("residency", ["resident", "scratch"])
-def test_a_past_that_is_not_quantised_is_gathered_by_kernels(residency):
+def test_views_are_gathered_by_kernels_choices_too(residency, form):
     for policy in (SlidingWindow(9, sink=3), PackForcing(sink=1, top_k=2, recent=1, archive=3)):
-        both = (take_of(policy, residency=residency, kernels=kernels) for kernels in (None, "triton"))
+        both = (take_of(policy, residency=residency, kernels=kernels, history_dtype=form) for kernels in (None, "triton"))
         expected, got = (latents_of(take, 6) for take in both)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 

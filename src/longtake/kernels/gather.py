@@ -17,8 +17,10 @@ TOKENS = 32  # a program's
 def channels(c, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The two channels of each of D / 2 pairs; those that no frequency turns are paired too, under a phase of 1."""
     if INTERLEAVED:
-        return 2 * c, 2 * c + 1
-    return tl.where(c < PAIRS, c, c + PAIRS), tl.where(c < PAIRS, c + PAIRS, c + HALF)
+        first, second = 2 * c, 2 * c + 1
+    else:
+        first, second = tl.where(c < PAIRS, c, c + PAIRS), tl.where(c < PAIRS, c + PAIRS, c + HALF)
+    return first, second
 
 
 @triton.jit
