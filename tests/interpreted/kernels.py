@@ -113,7 +113,8 @@ WITHOUT = {"deep-forcing", "dummy-forcing", "flowcache"}
 @pytest.mark.parametrize("residency", ["resident", "scratch"])
 def test_views_are_gathered_by_kernels_choices_too(residency, form):
     for policy in (SlidingWindow(9, sink=3), PackForcing(sink=1, top_k=2, recent=1, archive=3)):
-        both = (take_of(policy, residency=residency, kernels=kernels, history_dtype=form) for kernels in (None, "triton"))
+        options = {"residency": residency, "history_dtype": form}
+        both = (take_of(policy, kernels=kernels, **options) for kernels in (None, "triton"))
         expected, got = (latents_of(take, 6) for take in both)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
