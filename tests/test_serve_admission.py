@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import longtake
-from longtake.policies import parse
-from longtake.serve.admission import Ledger, fitting, footprint, measure, shape_of
+from longtake.policies import available, parse
+from longtake.serve.admission import Constants, Ledger, fitting, footprint, measure, shape_of
 from longtake.serve.client import ServerError
 from longtake.serve.errors import NoRoom
+from longtake.serve.naming import reuse_named
 from tests.serving import OTHER, PROMPT, serving, until
+from tests.skyreels import tiny_skyreels
 
 
 @pytest.fixture(scope="module")
@@ -18,26 +20,61 @@ def host():
     return longtake.load("tiny-shapes", device="cpu")
 
 
-POLICIES = ["window", "window:frames=9,sink=3", "longlive", "infinity-rope", "packcache", "sink-window:frames=6"]
+@pytest.fixture(scope="module")
+def constants(host):
+    return measure(host)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("size", "guidance", "residency"), [(64, 1.0, "resident"), (96, 3.0, "scratch")])
-def test_measured_bytes_equal_the_arithmetic_within_five_percent(host, policy, size, guidance, residency):
-    method, constants = parse(policy), measure(host)
-    geometry = host.geometry(size, size)
-    shape = shape_of(host, geometry, constants, guidance, None, None)
-    need = footprint(host, geometry, method, shape, constants, True, residency)
+ENDS = "packforcing:sink=1,recent=1,top_k=2,archive=6"
+PACKFORCING = [ENDS, f"{ENDS},layers=shared", f"{ENDS},middle=full", f"{ENDS},layers=shared,offload=true"]
+POLICIES = [*sorted(set(available()) - {"packforcing"}), "window:frames=9,sink=3", *PACKFORCING]
+CHUNKS = 11  # by then every one of them is full
+
+
+RESIDENT, SCRATCH = (64, 1.0, "resident", True), (96, 3.0, "scratch", False)  # size, guidance, view, latents kept
+CASES = [(p, RESIDENT) for p in POLICIES] + [(p, SCRATCH) for p in ("window", "flowcache", ENDS)]
+
+
+@pytest.mark.parametrize(("policy", "options"), CASES)
+def test_measured_bytes_equal_the_arithmetic_within_five_percent(host, constants, policy, options):
+    """… for every policy that there is, after every chunk from when it is full."""
+    size, guidance, residency, keeps = options
+    method, geometry = parse(policy), host.geometry(size, size)
+    chunks = CHUNKS if policy == "full" else None
+    shape = shape_of(host, geometry, constants, guidance, 1, chunks)
+    need = footprint(host, geometry, method.settle(shape), shape, constants, keeps, residency)
     take = longtake.Session(
-        host, method, prompt=PROMPT, height=size, width=size, guidance_scale=guidance, residency=residency,
-        keep_latents=True,
+        host, method, prompt=PROMPT, height=size, width=size, guidance_scale=guidance, num_inference_steps=1,
+        residency=residency, keep_latents=keeps, chunks=chunks,
     )  # fmt: skip
-    latents = torch.randn(1, geometry.channels, 3, *geometry.latent_size, generator=torch.Generator().manual_seed(0))
-    for _ in range(9):  # full, by commit passes alone
-        take.extend(latents)
-    held = take.memory()
-    assert abs(need.total - held["total"]) <= 0.05 * held["total"], (need, held)
-    assert need.store == pytest.approx(held["store"], rel=0.05) and need.decoder == held["decoder"]
+    for made in range(CHUNKS):
+        next(take)
+        held = take.memory()
+        assert held["total"] <= 1.05 * need.total, (need, held)
+        if made >= CHUNKS - 3:
+            assert need.total <= 1.05 * held["total"], (need, held)
+    assert need.store == pytest.approx(held["store"], rel=0.1) and need.decoder == held["decoder"]
+    assert need.compressor == pytest.approx(held["compressor"], rel=0.05)
+
+
+@pytest.mark.parametrize("reuse", [None, "flowcache:threshold=0.5"])
+def test_chunks_in_flight_and_what_reuse_remembers_of_them_are_counted(reuse):
+    host = tiny_skyreels()
+    words, reusing = torch.zeros(1, 7, 10), reuse_named(reuse)
+    constants = Constants(host.text_state(words).nbytes, 0, 0.0)
+    take = longtake.Session(
+        host, longtake.SlidingWindow(25, 5), reuse=reusing, prompt_embeds=words, negative_prompt_embeds=words,
+        decode=False,
+    )  # fmt: skip
+    geometry = host.geometry()
+    shape = shape_of(host, geometry, constants, None, None, None)
+    need = footprint(host, geometry, longtake.SlidingWindow(25, 5), shape, constants, False, "resident", reusing)
+    for _ in range(6):
+        next(take)
+        held = take.memory()
+        assert held["total"] <= 1.05 * need.total, (need, held)
+    assert need.total <= 1.05 * held["total"], (need, held)
+    assert (need.reuse > 0) == (held["reuse"] > 0) == (reuse is not None)
 
 
 def test_full_history_of_a_known_length_is_counted_and_an_endless_one_refused(host):
