@@ -120,7 +120,7 @@ def test_every_peer_has_its_pair_or_a_reason(by_tokens):
         ratio = by_tokens.figure(f"{pair.peer}: peer / ours, whole")
         assert ratio.n == 2 and ratio.values == tuple(a / b for a, b in zip(pair.theirs.whole, pair.ours.whole))
         assert len(pair.theirs.seconds) == len(pair.ours.seconds) == 2
-    assert {"growing", "shifted", "skyreels", "scoring"} <= {p.peer for p in by_tokens.pairs}
+    assert {"growing", "shifted", "skyreels", "scoring"} <= {p.peer for p in by_tokens.pairs}, by_tokens.missing
 
 
 def test_at_equal_tokens_both_sides_see_as_much_at_the_end(by_tokens):

@@ -213,8 +213,8 @@ class AsyncSkyReels:
         hook = self.pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
         try:
             seconds = self.clock.seconds(lambda: self.pipe(
-                prompt_embeds=self.embeds, height=self.shape.height, width=self.shape.width, num_frames=frames,
-                base_num_frames=frames, num_inference_steps=self.how.steps, guidance_scale=1.0,
+                prompt=None, prompt_embeds=self.embeds, height=self.shape.height, width=self.shape.width,
+                num_frames=frames, base_num_frames=frames, num_inference_steps=self.how.steps, guidance_scale=1.0,
                 ar_step=self.how.lag, causal_block_size=self.how.chunk_frames, output_type="latent",
                 generator=torch.Generator().manual_seed(self.seed),
             ))  # fmt: skip

@@ -53,6 +53,10 @@ SUITE = {
             ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "packforcing_report:PackForcingReport",
         ),
         Entry(
+            "flowcache", "reuse and a compressed past on diffusion forcing: seconds, and what changes", 45,
+            ("cpu-sky", "gpu-skyreels-1.3b", "cpu-micro"), "flowcache_report:FlowCacheReport",
+        ),
+        Entry(
             "flowcache-kv", "compressing one full-size layer: FlowCacheKV's score against whole matrices", 6,
             ("magi-4.5b", "micro"), "bench_flowcache_kv:CompressionReport",
         ),
