@@ -55,7 +55,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
     told = cell.arm.as_dict()
     reference = reference_of(cell)
     return {
-        "name": told["name"], "policy": told["policy"], "budget": told["budget"],
+        "name": told["name"], "policy": list(told["policy"]), "budget": told["budget"],
         "reuse_name": told.get("reuse_name", "none"), "against": None if reference is None else label_of(reference),
     }  # fmt: skip
 
