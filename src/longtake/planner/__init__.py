@@ -2,8 +2,8 @@
 model.
 
 One module per model family. Each lists its named shapes in `SHAPES`, counts with `plan(request) -> dict`, says what a
-session is made of with `anatomy(request)` and which forwards there are with `forwards(request)`; registering a family is
-one word in `registry.FAMILIES`. Bytes of a history are `footprint`'s, which a server's admission asks too.
+session is made of with `anatomy(request)` and which forwards there are with `forwards(request)`; registering a family
+is one word in `registry.FAMILIES`. Bytes of a history are `footprint`'s, which a server's admission asks too.
 """
 
 from .answer import Room, answer, memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..flops import Flops, FlopShape
 from ..plan import HistoryShape
@@ -34,17 +34,18 @@ class Anatomy:
     text: int = 0  # what prompts leave behind, all streams
     decoder: int | None = 0  # state of the decoder; None: a tokenizer that is not known
     latents: int = 0  # held between two chunks: of chunks in flight, with what their solvers remember
-    compressor: int = 0  # what a compressor remembers of a take, if the policy wants one
+    compressor: int = 0  # its weights and what it remembers of a take, if the policy wants one
     forward: peaks.ForwardPeak
     draw: int = 0  # drawing codes
     decode: int | None = 0  # most alive within a decode, beside the decoder's state
     axes: int = 3  # numbers that say where a token stands
     pairs: int  # rotary phases of a token
+    query: int  # width of a token's queries in a layer
     pairing: str = "interleaved"
     flop_shape: FlopShape
     streamed: int  # weights that a forward reads
     token_traffic: int  # read and written by a token's matrix products and attention in one forward
-    uncounted: tuple[str, ...] = field(default=())  # what these figures leave out, in words
+    uncounted: tuple[str, ...] = ()  # what these figures leave out, in words
 
     def history(self, policy: KVPolicy, residency: str) -> HistoryBytes:
         return history_bytes(policy, self.sizes, axes=self.axes, residency=residency)
@@ -67,26 +68,26 @@ class Anatomy:
         shown = held.shown * self.pairs * peaks.PHASE * sizes.streams
         places = held.live_rows * 16 * self.axes * sizes.streams
         past = held.shown - held.live_rows
-        turned = peaks.fill(past, sizes.kv_heads * sizes.head_dim, sizes.itemsize, self.pairing) * sizes.batch
+        turned = peaks.fill(past, sizes.kv_heads * sizes.head_dim, sizes.itemsize, self.pairing)
         latents = 4 * self.batch_latents  # noise, the step's input, the other stream's velocity, the prediction
         scratch = residency == "scratch"
-        forward = max(self.forward.most, self.forward.attending + turned if scratch else 0)
-        found = {
-            "forward": forward + shown + places + latents,
-            "view": shown + places + latents + max(0 if scratch else turned, peaks.phases(past, self.pairs)),
-        }
+        fused = peaks.fused_phases(policy, sizes, self.pairs)
+        scored = peaks.scoring(policy, sizes, self.query, self.pairs)
+        within = max(scored, max(turned, fused) if scratch else 0)
+        forward = max(self.forward.most, self.forward.attending + within if within else 0)
+        made = max(peaks.phases(past, self.pairs), 0 if scratch else max(turned, fused))
+        found = {"forward": forward + shown + places + latents, "view": made + shown + places + latents}
         if self.draw:
             found["draw"] = self.draw + shown + places
         if decode and self.decode is not None:
             found["decode"] = self.decode + latents
         return found
 
-    def traffic(self, forward: Forward, weights: bool = True) -> int:
+    def traffic(self, forward: Forward) -> int:
         """Bytes that one forward moves at least: every weight read once, keys and values of all it attends to, and what
         its matrix products read and write. Norms, gates and rotations count as part of these."""
-        stream = self.sizes.view_token_bytes // (self.sizes.streams or 1)
-        moved = forward.keys * stream + forward.tokens * self.token_traffic
-        return moved + (self.streamed if weights else 0)
+        stream = self.sizes.view_token_bytes // self.sizes.streams
+        return self.streamed + forward.keys * stream + forward.tokens * self.token_traffic
 
     def flops(self, forward: Forward) -> Flops:
         return self.flop_shape.forward(forward.tokens, forward.keys, forward.text)

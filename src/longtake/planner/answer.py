@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LongtakeError
 from ..named import describe
-from ..policies import FullHistory, KVPolicy, parse
+from ..policies import KVPolicy, parse
 from .anatomy import Anatomy
 from .footprint import RESIDENCIES, largest
 from .registry import family_of, plan
@@ -33,10 +33,9 @@ class Room:
 
 
 def answer(request: PlanRequest, room: Room | None = None, known: Ceilings | None = None) -> dict[str, Any]:
-    """Everything that is known of a take. The policy is the model's own where none is named."""
-    name, family = family_of(request)
-    shape = request.shape or family.SHAPES[request.model]
-    request = replace(request, policy=request.policy or parse(shape.own))
+    """Everything that is known of a take."""
+    request = named(request)
+    _, family = family_of(request)
     found = plan(request)
     found |= memory(request) | {"work": predict(family.anatomy(request), family.forwards(request), known)}
     if room is not None:
@@ -44,9 +43,18 @@ def answer(request: PlanRequest, room: Room | None = None, known: Ceilings | Non
     return found
 
 
+def named(request: PlanRequest) -> PlanRequest:
+    """The request with a policy: where it names none, the one that others are compared with."""
+    if request.policy is not None:
+        return request
+    shape = request.shape or family_of(request)[1].SHAPES[request.model]
+    return replace(request, policy=parse(shape.planned))
+
+
 def memory(request: PlanRequest) -> dict[str, Any]:
     """Bytes on the device and in host memory, by part, once the take has all it will ever hold."""
-    name, family = family_of(request)
+    request = named(request)
+    _, family = family_of(request)
     anatomy = family.anatomy(request)
     policy = settled(request, anatomy)
     parts = anatomy.memory(policy, request.residency, request.decode)
@@ -64,14 +72,15 @@ def memory(request: PlanRequest) -> dict[str, Any]:
 
 def settled(request: PlanRequest, anatomy: Anatomy) -> KVPolicy:
     """The policy as a session of this take would run it. Raises LongtakeError if it cannot."""
-    policy = (request.policy or FullHistory()).settle(anatomy.sizes)
+    assert request.policy is not None
+    policy = request.policy.settle(anatomy.sizes)
     policy.check(anatomy.sizes)
     return policy
 
 
 def card(request: PlanRequest, room: Room) -> dict[str, Any]:
     """Whether the take fits, how many of its kind do, and the largest history that its policy could have."""
-    name, family = family_of(request)
+    _, family = family_of(request)
     anatomy = family.anatomy(request)
     policy = settled(request, anatomy)
     parts = anatomy.memory(policy, request.residency, request.decode)
@@ -79,7 +88,7 @@ def card(request: PlanRequest, room: Room) -> dict[str, Any]:
     return {
         "name": room.name, "memory": room.memory, "reserve": room.reserve, "fits": total <= room.free,
         "needs": total, "sessions": sessions(parts, room),
-        "largest": {residency: largest_that_fits(request, anatomy, policy, room, residency) for residency in RESIDENCIES},
+        "largest": {each: largest_that_fits(request, anatomy, policy, room, each) for each in RESIDENCIES},
     }  # fmt: skip
 
 
@@ -101,19 +110,20 @@ def largest_that_fits(
     found = largest(policy, anatomy.sizes, cost, room.free, residency)
     if found is None:
         return None
-    history = anatomy.history(found.policy, residency).history
+    history = anatomy.history(found.policy.settle(anatomy.sizes), residency).history
     return {"policy": short(found.policy), "needs": found.bytes, "history": history}
 
 
 def short(policy: KVPolicy) -> str:
     """A policy as the command line takes it, with what it does not leave at its default."""
-    changed = [f"{f.name}={value}" for f in fields(policy) if f.repr and (value := getattr(policy, f.name)) != f.default]
-    return (describe(policy)[0] or type(policy).__name__) + (":" if changed else "") + ",".join(changed)
+    changed = [f.name for f in fields(policy) if f.repr and getattr(policy, f.name) != f.default]
+    options = ",".join(f"{name}={getattr(policy, name)}" for name in changed)
+    return (describe(policy)[0] or type(policy).__name__) + (f":{options}" if options else "")
 
 
 def longest(request: PlanRequest, room: Room, policy: KVPolicy, limit: int = 100_000) -> int | None:
     """Most chunks of a take under a policy that grows with it; None if even one does not fit; `limit` if all do."""
-    name, family = family_of(request)
+    _, family = family_of(request)
 
     def fits(chunks: int) -> bool:
         asked = replace(request, policy=policy, chunks=chunks, frames=None, seconds=None, endless=False)

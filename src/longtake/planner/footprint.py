@@ -37,9 +37,7 @@ class HistoryBytes:
         return self.store + self.view + self.fetched
 
 
-def history_bytes(
-    policy: KVPolicy, shape: HistoryShape, *, axes: int = 3, residency: str = "resident"
-) -> HistoryBytes:
+def history_bytes(policy: KVPolicy, shape: HistoryShape, *, axes: int = 3, residency: str = "resident") -> HistoryBytes:
     """The bytes of a history under `policy`. `axes` is how many numbers say where a token stands.
 
     Raises LongtakeError for a policy that grows with a take whose end `shape` does not know, and for another residency.
@@ -68,10 +66,10 @@ def _extra(policy: KVPolicy, shape: HistoryShape, axes: int) -> int:
     """Bytes beside the rows: key and query sums of whole blocks, and places per head where blocks are fused."""
     heads = shape.layers * shape.batch * shape.kv_heads * shape.streams
     sums = policy.summed(shape) + (1 if "query_sums" in policy.requires else 0)
-    return sums * heads * shape.head_dim * 4 + _fused(policy, shape) * heads * 2 * axes * 4
+    return sums * heads * shape.head_dim * 4 + fused_tokens(policy, shape) * heads * 2 * axes * 4
 
 
-def _fused(policy: KVPolicy, shape: HistoryShape) -> int:
+def fused_tokens(policy: KVPolicy, shape: HistoryShape) -> int:
     """Most tokens of fused blocks, every head of which has places of its own."""
     ends = shape.frames or policy.capacity(shape) or 0
     if isinstance(policy, FlowCacheKV) and ends > policy.chunks * shape.chunk_frames:
@@ -98,9 +96,10 @@ def largest(
     low, budget, high, best = 0, free, free + 1, None
     for _ in range(STEPS):
         try:
-            fitted = policy.fit(budget, shape).settle(shape)
-            fitted.check(shape)
-            total = cost(fitted, residency)
+            fitted = policy.fit(budget, shape)
+            settled = fitted.settle(shape)
+            settled.check(shape)
+            total = cost(settled, residency)
         except LongtakeError:  # too little for this policy
             low = budget
         else:

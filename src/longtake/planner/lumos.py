@@ -220,18 +220,18 @@ def anatomy(request: PlanRequest) -> Anatomy:
     shape, model, frames = _take(request)
     s, n = shape.itemsize, model.frame_tokens
     # a session allows for a first image beside its chunks; text and image are anchors
-    sizes = shape.history(n, frames=None if request.endless else frames, anchor_tokens=shape.text_tokens + n,
-                          **request.held)  # fmt: skip
+    ends = None if request.endless else frames
+    sizes = shape.history(n, frames=ends, anchor_tokens=shape.text_tokens + n, **request.held)
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     cells = code_cells(shape, model)
     hidden = cells * shape.hidden * (s if shape.streams == 1 else 4)  # what codes were last drawn from
     traffic = 2 * (shape.hidden + query) + 2 * (shape.hidden + kv) + 3 * (shape.hidden + shape.ffn) + 2 * query
     return Anatomy(
         sizes=sizes, batch_latents=8 * cells, weights={"transformer": s * shape.parameters},
-        text=8 * shape.text_tokens * shape.streams, decoder=None, decode=None,
+        text=8 * (shape.text_tokens + (shape.streams - 1) * HEADER), decoder=None, decode=None,
         forward=peaks.lumos_forward(n, shape.hidden, shape.ffn, s, query=query, kv=kv, beside=hidden),
         draw=peaks.code_logits(cells, shape.visual_codes, shape.hidden, s) + hidden, pairs=shape.head_dim // 2,
-        pairing="half", flop_shape=shape.flop_shape,
+        query=query, pairing="half", flop_shape=shape.flop_shape,
         streamed=s * (shape.linear_parameters + shape.hidden * shape.visual_codes),
         token_traffic=s * shape.layers * traffic,
         uncounted=("the video tokenizer, whose network is TorchScript: its weights, state and decode",),

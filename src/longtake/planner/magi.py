@@ -23,7 +23,7 @@ from . import peaks
 from .anatomy import Anatomy, Forward
 from .request import ModelShape, PlanRequest
 from .staggered import Tally, Walk
-from .vae import MagiVae
+from .vae import MAGI_VAE, MagiVae
 
 TEXT_TOKENS = 100  # of a prompt with its special tokens, about
 NULL_TOKENS = 50
@@ -49,6 +49,7 @@ class MagiShape(ModelShape):
     passes: int = 1  # 3: three-way guidance
     ranges: str = "5/4/3/2"
     own: str = "kv-range:ranges=5/4/3/2"
+    planned: str = "kv-range:ranges=5/4/3/2"
     chunk_frames: int = CHUNK_FRAMES
     channels: int = 16
     patch: int = 2
@@ -56,7 +57,7 @@ class MagiShape(ModelShape):
     longest_text: int = 800
     text_tokens: int = TEXT_TOKENS
     special: bool = True  # whether special tokens are put before prompts
-    vae: MagiVae | None = MagiVae()
+    vae: MagiVae | None = MAGI_VAE
     encoder_parameters: int = T5_PARAMETERS
     encoder_itemsize: int = 2
 
@@ -90,12 +91,13 @@ class MagiShape(ModelShape):
         vae: MagiVae | None = None, encoder_parameters: int = 0, text_tokens: int = TEXT_TOKENS,
     ) -> MagiShape:  # fmt: skip
         """Of a folder: `model` is the transformer's configuration, `run` and `settings` are how it is run."""
+        own = f"kv-range:ranges={run['kv_ranges']}" if run["kv_ranges"] else "full"
         return cls(
             name=name, about=run.get("about", ""), width=run["width"], height=run["height"], fps=run["fps"],
             itemsize=itemsize, layers=model["num_layers"], hidden=model["hidden_size"], ffn=model["ffn_hidden_size"],
             heads=model["num_attention_heads"], kv_heads=model["num_query_groups"], head_dim=model["kv_channels"],
             steps=settings["num_steps"], window=settings["window_size"], passes=settings["cfg_number"],
-            ranges=run["kv_ranges"], own=f"kv-range:ranges={run['kv_ranges']}" if run["kv_ranges"] else "full",
+            ranges=run["kv_ranges"], own=own, planned=own,
             chunk_frames=run["chunk_frames"], channels=model["in_channels"], patch=model["patch_size"],
             text_width=model["caption_channels"], longest_text=model["caption_max_length"], text_tokens=text_tokens,
             special=bool(settings["special_tokens"]), vae=vae, encoder_parameters=encoder_parameters,
@@ -104,7 +106,8 @@ class MagiShape(ModelShape):
 
     @property
     def flop_shape(self) -> FlopShape:
-        return FlopShape.of_magi(self.layers, self.hidden, self.ffn, self.kv_heads * self.head_dim, self.channels * self.patch**2)
+        kv, patched = self.kv_heads * self.head_dim, self.channels * self.patch**2
+        return FlopShape.of_magi(self.layers, self.hidden, self.ffn, kv, patched)
 
 
 SHAPES = {
@@ -151,18 +154,18 @@ def count(
     alone_at = nearly_clean_steps(steps) if nearly_clean and shape.passes == 1 else set()
     tally = Tally()
     for visit in walk.visits():
-        each = lambda keys, words, count=1: Forward(visit.chunk, c, keys, words, count)  # noqa: B023 (used at once)
         if visit.step == steps:
-            passes = {"clean": [each(visit.keys, null_text, 2 if shape.passes == 3 else 1)]}
+            passes = {"clean": [(visit.keys, null_text)] * (2 if shape.passes == 3 else 1)}
         else:
-            passes = {"steps": [each(visit.keys, text)]}
+            passes = {"steps": [(visit.keys, text)]}
             if shape.passes == 3:
-                passes["steps"] += [each(visit.keys, null_text), each(c, null_text)]
+                passes["steps"] += [(visit.keys, null_text), (c, null_text)]
             if visit.oldest and visit.step in alone_at:
-                passes["nearly_clean"] = [each(c, text)]
+                passes["nearly_clean"] = [(c, text)]
         for kind, made in passes.items():
-            tally.add(kind, [model.forward(f.tokens, f.keys, f.text) for f in made for _ in range(f.count)], visit.reused)
-            tally.forwards_made += [] if visit.reused else made
+            tally.add(kind, [model.forward(c, keys, words) for keys, words in made], visit.reused)
+            if not visit.reused:
+                tally.forwards_made += [Forward(visit.chunk, c, keys, words) for keys, words in made]
     tally.held = walk.held
     return tally
 
@@ -224,7 +227,7 @@ def anatomy(request: PlanRequest) -> Anatomy:
         text=shape.text_tokens * (words + FP32 * shape.text_width) + spoken, decoder=0, latents=flight * latents,
         decode=None if vae is None else vae.decode_peak(frames, height, width, s),
         forward=peaks.magi_forward(n, e, shape.ffn, s, query=query, kv=kv), pairs=3 * (shape.head_dim // 8),
-        pairing="half", flop_shape=shape.flop_shape, streamed=s * shape.layers * shape.flop_shape.weights,
+        query=query, pairing="half", flop_shape=shape.flop_shape, streamed=s * shape.layers * shape.flop_shape.weights,
         token_traffic=s * shape.layers * traffic,
     )  # fmt: skip
 

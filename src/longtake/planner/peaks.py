@@ -3,8 +3,9 @@
 A peak is the largest of a few moments; a moment adds up the tensors that PyTorch's eager mode has alive at once, which
 follows from the order of a block's lines and from which names still hold a tensor. Counted are the tensors that
 operations hand out; scratch inside a kernel (a convolution's workspace, the attention kernel's own) is not, nor is what
-the allocator rounds up. A policy's own scoring is not counted either. RMS norms are taken apart into single operations,
-as PyTorch does on a CPU; where they are one kernel, the moments that hold them are smaller.
+the allocator rounds up. Of what policies score by, only FlowCache's and Deep Forcing's way is counted, whose tensors
+are of the past's size. RMS norms are taken apart into single operations, as PyTorch does on a CPU; where they are one
+kernel, the moments that hold them are smaller.
 
 Units: n tokens of the pass, d hidden size, m inner size of the MLP, s bytes of a working number. `wide(x)` is an fp32
 copy of a tensor of x bytes: nothing where the working type is fp32 already.
@@ -13,6 +14,11 @@ copy of a tensor of x bytes: nothing where the working type is fp32 already.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from ..plan import HistoryShape
+from ..policies import DeepForcing, FlowCacheKV, KVPolicy
+from ..policies.flowcache_kv import TRANSIENT
+from .footprint import fused_tokens
 
 FP32 = 4
 PHASE = 8  # a rotary phase: cosine and sine in fp32
@@ -89,3 +95,25 @@ def fill(rows: int, width: int, s: int, pairing: str) -> int:
 def phases(rows: int, pairs: int) -> int:
     """Making the phases of `rows` tokens: angles, cosines, sines and both together, in fp64."""
     return rows * pairs * 5 * 8
+
+
+def fused_phases(policy: KVPolicy, sizes: HistoryShape, pairs: int) -> int:
+    """Making the phases of one layer's fused tokens, every head of which stands elsewhere."""
+    return phases(fused_tokens(policy, sizes) * sizes.kv_heads, pairs)
+
+
+def scoring(policy: KVPolicy, sizes: HistoryShape, query: int, pairs: int) -> int:
+    """What a policy makes of a layer's queries, of width `query`, and the keys of the past, within a forward."""
+    if not isinstance(policy, FlowCacheKV | DeepForcing):
+        return 0
+    capacity, heads, s = policy.capacity(sizes) or 0, sizes.kv_heads, sizes.itemsize
+    past = capacity - (sizes.live_chunks - 1) * sizes.chunk_tokens
+    keys, whole = past * heads * sizes.head_dim * s, past * heads * sizes.head_dim * FP32
+    wide = 0 if s == FP32 else whole
+    chosen = phases(past * heads, pairs) + past * heads * 2 * 3 * 8 + keys  # places per head, before anything is scored
+    if isinstance(policy, DeepForcing):
+        return chosen
+    rows = max(1, min(sizes.chunk_tokens, TRANSIENT // (2 * FP32 * heads * past)))
+    logits = rows * (2 * FP32 * heads * past + 2 * FP32 * query)
+    scored = logits + whole + wide + keys
+    return scored if policy.queries == "last" else max(scored, chosen)

@@ -19,8 +19,10 @@ class ModelShape:
     height: int
     fps: float
     frame_stride: int = 4  # pixel frames of a latent frame
+    head_dim: int = 128
     itemsize: int = 2  # bytes of one K or V element, of an activation, and of most weights
     own: str = "full"  # the policy it is run with if the user names none, as the command line has it
+    planned: str = "full"  # the policy of a plan that names none: what others are compared with
     sizes: tuple[tuple[int, int], ...] = ()  # others it is asked for: width, height
 
 

@@ -6,26 +6,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..named import spec
-from ..policies import FullHistory, SlidingWindow, parse
+from ..errors import LongtakeError
+from ..policies import FullHistory, parse
 from .anatomy import Anatomy
-from .answer import Room, largest_that_fits, longest, sessions, settled
+from .answer import Room, largest_that_fits, longest, sessions, settled, short
 from .registry import families, family_of
 from .request import ModelShape, PlanRequest
 
 LONGEST = 100_000  # chunks: whatever fits so long fits for ever
 ENOUGH = 64  # chunks that fill a bounded history
+TIGHT = "scratch"  # the view that takes least
+NOTHING: dict[str, Any] = {  # a row of what does not work at all, `why` in words
+    "fits": False, "weights": None, "needs": None, "policy": None, "residency": None, "sessions": 0, "lacks": None,
+    "full_history_seconds": 0.0, "largest": None, "text_encoder": None, "uncounted": [],
+}  # fmt: skip
 
 
 def runnable(room: Room, request: PlanRequest, shapes: Sequence[ModelShape] = ()) -> list[dict[str, Any]]:
     """One row for each model and size: the named ones, or `shapes`. Of `request` only the settings count: residency,
     how the past is kept, whether pixels are wanted, and a size if it names one."""
     known = shapes or [shape for family in families().values() for shape in family.SHAPES.values()]
-    return [
-        row(room, replace(request, model=shape.name, shape=shape, size=size))
-        for shape in known
-        for size in ([request.size] if request.size else [(shape.width, shape.height), *shape.sizes])
-    ]
+    rows = []
+    for shape in known:
+        for size in [request.size] if request.size else [(shape.width, shape.height), *shape.sizes]:
+            asked = replace(request, model=shape.name, shape=shape, size=size)
+            try:
+                rows.append(row(room, asked))
+            except LongtakeError as error:  # a size or a policy that is not for this model
+                rows.append(NOTHING | {"model": shape.name, "width": size[0], "height": size[1], "why": str(error)})
+    return rows
 
 
 def row(room: Room, request: PlanRequest) -> dict[str, Any]:
@@ -33,26 +42,23 @@ def row(room: Room, request: PlanRequest) -> dict[str, Any]:
     shape = request.shape
     assert shape is not None and request.size is not None
     _, family = family_of(request)
-    own = replace(request, policy=parse(shape.own), chunks=ENOUGH, frames=None, seconds=None, endless=True)
+    own = replace(
+        request, policy=request.policy or parse(shape.own), chunks=ENOUGH, frames=None, seconds=None, endless=True
+    )
     anatomy = family.anatomy(own)
-    if anatomy.sizes.frames is None and isinstance(own.policy, FullHistory):
-        own = replace(own, policy=SlidingWindow())  # a model that is run with everything kept
-        anatomy = family.anatomy(own)
     policy = settled(own, anatomy)
-    parts = anatomy.memory(policy, request.residency, request.decode)
-    total = sum(parts.values())
-    least = largest_that_fits(own, anatomy, policy, room)
-    full = longest(request, room, FullHistory(), LONGEST)
+    for residency in dict.fromkeys((request.residency, TIGHT)):
+        parts = anatomy.memory(policy, residency, request.decode)
+        if (total := sum(parts.values())) <= room.free:
+            break
+    tight = replace(request, residency=TIGHT)
     return {
         "model": shape.name, "width": request.size[0], "height": request.size[1], "fits": total <= room.free,
-        "runs": total <= room.free or least is not None or full is not None,
-        "weights": parts["weights"], "needs": total, "policy": spec(policy), "seconds": None,
-        "sessions": sessions(parts, room), "full_history_seconds": _seconds(full, shape, anatomy),
-        "largest": None if least is None else {
-            "policy": spec(least.policy), "residency": least.residency, "needs": least.bytes,
-        },
-        "host_ram": anatomy.encoder, "uncounted": list(anatomy.uncounted) if request.decode else [],
-        "lacks": max(0, total - room.free),
+        "weights": parts["weights"], "needs": total, "policy": short(policy), "residency": residency,
+        "sessions": sessions(parts, room), "lacks": max(0, total - room.free),
+        "full_history_seconds": _seconds(longest(tight, room, FullHistory(), LONGEST), shape, anatomy),
+        "largest": largest_that_fits(own, anatomy, policy, room, TIGHT), "text_encoder": anatomy.encoder,
+        "uncounted": list(anatomy.uncounted) if request.decode else [], "why": None,
     }  # fmt: skip
 
 

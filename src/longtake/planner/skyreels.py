@@ -154,13 +154,13 @@ def plan(request: PlanRequest) -> dict[str, Any]:
         "tokens_per_frame": per_frame, "token_bytes": shape.token_bytes,
         "history_bytes": shape.streams * ours.held * shape.token_bytes,
         "pflops": ours.total.peta, "pflops_counts": (
-            f"{steps} steps of every chunk in {shape.streams} streams under {policy.name}, idle and finished chunks not "
-            f"forwarded, given frames once a window, a clean pass of every chunk, text K/V once"
+            f"{steps} steps of every chunk in {shape.streams} streams under {policy.name}, idle and finished chunks "
+            f"not forwarded, given frames once a window, a clean pass of every chunk, text K/V once"
         ),
         "flops": ours.as_dict(),
         "paper_vanilla_pflops": vanilla.peta, "paper_vanilla_counts": (
-            f"block-causal, all blocks of a window in each of {rows} rows and {shape.streams} streams, idle, finished and "
-            "given ones too, text K/V in every call"
+            f"block-causal, all blocks of a window in each of {rows} rows and {shape.streams} streams, idle, finished "
+            "and given ones too, text K/V in every call"
         ),
         "rows": _rows(shape, frames, per_frame, chunk, steps),
     }  # fmt: skip

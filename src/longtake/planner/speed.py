@@ -1,8 +1,8 @@
 """Seconds from ceilings: what a device multiplies and moves at most, given, measured or nominal.
 
 A forward takes at least as long as its FLOPs at the ceiling of matrix products, and at least as long as its bytes at
-the ceiling of copies; whichever is more. What comes out is a floor: no kernel reaches both, and what is not counted (see
-`Anatomy.traffic` and `flops`) comes on top.
+the ceiling of copies; whichever is more. What comes out is a floor: no kernel reaches both, and what is not counted
+(see `Anatomy.traffic` and `flops`; text encoder and video decoder) comes on top.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def predict(anatomy: Anatomy, forwards: Iterable[Forward], known: Ceilings | Non
         )
     total = {key: sum(row[key] for row in rows) for key in ("forwards", "flops", "bytes")}
     total["seconds"] = None if known is None else sum(row["seconds"] for row in rows)
-    return {"ceilings": None if known is None else known.as_dict(), "take": total, "last_chunk": rows[-1], "chunks": rows}
+    source = None if known is None else known.as_dict()
+    return {"ceilings": source, "take": total, "last_chunk": rows[-1], "chunks": rows}
 
 
 def _least(flops: int, moved: int, known: Ceilings) -> float:

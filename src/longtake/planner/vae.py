@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 FP32 = 4
@@ -23,6 +24,7 @@ class WanVae:
     faster: tuple[bool, ...] = (True, True, False)  # which upsamplings double the frames, deepest first
     parameters: int = 126_892_531
     stride: tuple[int, int, int] = (4, 8, 8)
+    folded: int = 1  # pixels that become channels before anything else, each way
 
     @classmethod
     def of(cls, config: Mapping[str, Any], parameters: int) -> WanVae:
@@ -31,7 +33,7 @@ class WanVae:
         return cls(
             config.get("decoder_base_dim") or config["base_dim"], config["z_dim"], tuple(config["dim_mult"]),
             config["num_res_blocks"], tuple(reversed(config["temperal_downsample"])), parameters,
-            (config["scale_factor_temporal"], stride, stride),
+            (config["scale_factor_temporal"], stride, stride), config.get("patch_size") or 1,
         )  # fmt: skip
 
     def decoder_state(self, height: int, width: int, s: int) -> int:
@@ -41,9 +43,9 @@ class WanVae:
     def encoder_state(self, height: int, width: int, s: int) -> int:
         """The same of a streaming encode: one frame where time is halved."""
         dims = [self.base * f for f in (1, *self.factors)]
-        area = float(height * width)
-        kept = PAST * 3 * area
-        for level, (inner, out) in enumerate(zip(dims, dims[1:], strict=False)):
+        area = height * width / self.folded**2
+        kept = PAST * 3.0 * height * width
+        for level, (inner, out) in enumerate(pairwise(dims)):
             kept += PAST * area * (inner + (2 * self.blocks - 1) * out)
             if level < len(self.factors) - 1:
                 area /= 4
@@ -69,7 +71,7 @@ class WanVae:
     def _levels(self) -> list[tuple[int, int]]:
         """Channels in and out of each level, deepest first; upsampling halves them."""
         dims = [self.base * f for f in (self.factors[-1], *reversed(self.factors))]
-        return [(a if i == 0 else a // 2, b) for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False))]
+        return [(a if i == 0 else a // 2, b) for i, (a, b) in enumerate(pairwise(dims))]
 
     def decode_peak(self, frames: int, height: int, width: int, s: int) -> int:
         """Bytes alive at most while a chunk of `frames` latent frames is decoded, one after the other, beside what is
@@ -92,7 +94,7 @@ class WanVae:
                 turned = enlarged * (1 + wide) if s != FP32 else enlarged + enlarged / 2
                 most = max(most, came + held + moved + max(grown, turned))
                 h, w = 2 * h, 2 * w
-        pixels = 3 * frames * h * w  # of the latent frame before, as numbers and clamped; of all before, as bytes
+        pixels = 3 * frames * height * width  # of the frame before, as numbers and clamped; of all before, as bytes
         return round(s * (most + 2 * pixels) + (chunk - 1) * pixels)
 
 
@@ -115,9 +117,15 @@ class MagiVae:
         cells = [height // self.stride[1], width // self.stride[2]]
         step = side - int(side * self.overlap)
         covered = [sum(min(side, n - start) for start in range(0, n, step)) for n in cells]
-        tokens = 1 + min(deep, frames) * min(side, cells[0]) * min(side, cells[1])
+        last = [min(side, n - (n - 1) // step * step) for n in cells]
         per_cell = 3 * self.stride[0] * self.stride[1] * self.stride[2]
-        tiles = min(deep, frames) * covered[0] * covered[1] * per_cell * s
+        together = min(deep, frames)
+        tokens = 1 + together * min(side, cells[0]) * min(side, cells[1])
+        before = together * (covered[0] * covered[1] - last[0] * last[1]) * per_cell * s  # tiles decoded already
         chunk = frames * cells[0] * cells[1] * per_cell
-        within = tokens * self.width * s * max(10, 2 + 2 * self.inner)
-        return max(tiles + within + chunk * s, chunk * s + 2 * chunk * FP32, tiles + 2 * chunk * s)
+        # a tile's tokens, their places and three times three projections; or its MLP
+        within = tokens * self.width * s * max(12, 4 + 2 * self.inner)
+        return max(before + within, before + 2 * chunk * s, chunk * s + 2 * chunk * FP32)
+
+
+WAN_VAE, MAGI_VAE = WanVae(), MagiVae()  # as published

@@ -16,7 +16,7 @@ from ..geometry import Geometry
 from ..plan import HistoryShape
 from ..policies import FullHistory, KVPolicy, PackForcing
 from .anatomy import Anatomy, Forward
-from .request import ModelShape, PlanRequest
+from .request import PlanRequest
 from .walk import Layout, Step, walk
 from .wan_sizes import WanSizes
 

@@ -12,7 +12,7 @@ from ..plan import HistoryShape
 from . import peaks
 from .anatomy import Anatomy
 from .request import ModelShape
-from .vae import WanVae
+from .vae import WAN_VAE, WanVae
 
 UMT5_PARAMETERS = 5_680_910_336  # of the encoder of UMT5-XXL
 EMBEDDED_TIMES = 256  # channels of the sinusoidal time embedding
@@ -36,7 +36,8 @@ class WanSizes(ModelShape):
     streams: int = 1  # guidance branches
     chunk_frames: int = 3
     steps: int = 4
-    vae: WanVae | None = WanVae()
+    vae: WanVae | None = WAN_VAE
+    compressor_parameters: int = 0  # of a trained compressor
     encoder_parameters: int = UMT5_PARAMETERS
     encoder_itemsize: int = 2
 
@@ -103,20 +104,22 @@ class WanSizes(ModelShape):
             decode=None if vae is None else vae.decode_peak(geometry.chunk_frames, geometry.height, geometry.width, s),
             compressor=self._compressor(geometry), latents=latents,
             forward=peaks.wan_forward(n, d, self.ffn, s, rope=rope, first=n * d * s if held_first else 0),
-            pairs=self.head_dim // 2, flop_shape=self.flop_shape,
+            pairs=self.head_dim // 2, query=d, flop_shape=self.flop_shape,
             streamed=s * self.layers * self.flop_shape.weights, token_traffic=s * self.layers * width,
         )  # fmt: skip
 
     def _compressor(self, geometry: Geometry) -> int:
-        """What the low-resolution branch carries on: a streaming encode of pictures of a quarter of the sides."""
+        """Weights of a compressor, and what the low-resolution branch carries on: a streaming encode of pictures of a
+        quarter of the sides."""
+        weights = self.itemsize * self.compressor_parameters
         if self.vae is None:
-            return 0
+            return weights
         sides = []
         for side, cells, stride, patch in zip(
             (geometry.height, geometry.width), geometry.grid, geometry.stride[1:], geometry.patch[1:], strict=True
         ):
             sides.append(max(max(1, cells // 4) * patch * stride, side // 4 // stride * stride))
-        return self.vae.encoder_state(sides[0], sides[1], self.itemsize)
+        return weights + self.vae.encoder_state(sides[0], sides[1], self.itemsize)
 
     @classmethod
     def of(
