@@ -4,6 +4,7 @@ chunk with and without CUDA graphs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -95,7 +96,7 @@ def graph_paths(host: Host, policy: Any, given: dict[str, Any], chunks: int, clo
             take = Session(host, policy, decode=False, cuda_graphs=graphs, **given)
             for _ in range(chunks - 1):
                 next(take)
-            yield PathRow(what, way, "run", clock.seconds(lambda take=take: next(take)), 1)
+            yield PathRow(what, way, "run", clock.seconds(partial(next, take)), 1)
         except (LongtakeError, RuntimeError) as error:
             yield PathRow(what, way, "missing", reason=str(error).split("\n")[0])
 

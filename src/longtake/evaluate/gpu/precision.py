@@ -29,7 +29,7 @@ def history_errors(host: Host, name: str, chunks: int, seed: int = 0, **given: A
 
     def look(stream: str, block: int, write: bool, layers: list[LayerView]) -> None:
         for number, view in enumerate(layers if write and stream == "cond" else ()):
-            view.observe = lambda q, k, number=number: asked.__setitem__(number, q.detach())  # type: ignore[misc]
+            view.observe = lambda q, k, number=number: asked.__setitem__(number, q.detach())
 
     take.history.probe = look
     for _ in take:
