@@ -125,7 +125,7 @@ def test_the_embedded_model_needs_a_prompt_and_a_name_only(folder):
     made = json.loads(out)
     assert beside_progress(err) == []  # no chatter of the libraries that read the weights
     video = read_video("a.mp4")
-    assert made["model"] == "tiny-wan" and made["chunks"] == 2 and made["device"] in ("cpu", "cuda")
+    assert made["model"] == "tiny-shapes" and made["chunks"] == 2 and made["device"] in ("cpu", "cuda")
     assert video.shape == (made["frames"], made["height"], made["width"], 3)
     assert made["video_seconds"] == pytest.approx(made["frames"] / made["fps"])
     assert made["realtime_factor"] == pytest.approx(made["video_seconds"] / made["wall_seconds"])

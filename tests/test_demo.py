@@ -246,7 +246,7 @@ def test_the_command_needs_no_arguments_and_prints_where_things_are(tmp_path):
     out = tmp_path / "longtake-demo"
     assert f"open {out / 'index.html'}" in done.stdout and (out / "index.html").is_file()
     result = json.loads((out / "demo.json").read_text())
-    assert result["model"]["name"] == "tiny-wan" and len({t["prompt"] for t in result["takes"]}) == 3
+    assert result["model"]["name"] == "tiny-shapes" and len({t["prompt"] for t in result["takes"]}) == 3
     assert len(result["policies"]) >= 4
     for policy in result["policies"]:
         assert policy["label"] in done.stdout

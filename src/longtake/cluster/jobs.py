@@ -16,7 +16,7 @@ from ..switching import SWITCHES
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _SIZE = re.compile(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})")
-DEFAULT_MODEL, DEFAULT_SECONDS = "tiny-wan", 5.0
+DEFAULT_MODEL, DEFAULT_SECONDS = "tiny-shapes", 5.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-DEFAULT_MODEL = "tiny-wan"
+DEFAULT_MODEL = "tiny-shapes"
 DEFAULT_SECONDS = 5.0
 DTYPES = ("float32", "bfloat16", "float16")
 HISTORY_DTYPES = ("int8", "fp8")
