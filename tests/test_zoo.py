@@ -210,3 +210,23 @@ def test_a_new_prompt_is_obeyed_in_the_middle_of_a_take(pipe: WanPipeline):
     )
     assert list(world.COLOURS)[before.argmax()] == "green"
     assert list(world.COLOURS)[after.argmax()] == "red"
+
+
+def test_a_past_that_the_sampler_made_is_the_rollouts_own_and_the_rest_stays_true():
+    torch.manual_seed(0)
+    model = tiny_transformer.build(4).eval()
+    x, text, frames = torch.randn(1, 4, 12, 4, 4), torch.randn(1, 8, 64), torch.arange(12)[None]
+    made = tiny_transformer._rolled(model, x, text, frames, np.random.default_rng(1), 1)
+    changed = [not torch.equal(made[:, :, 3 * c : 3 * c + 3], x[:, :, 3 * c : 3 * c + 3]) for c in range(4)]
+    assert changed[0] is False and changed[3] is False and any(changed[1:3])
+    begin = changed.index(True)
+    torch.manual_seed(5)
+    made = tiny_transformer._rolled(model, x, text, frames, np.random.default_rng(1), 1)
+    torch.manual_seed(5)
+    rollout = causal.Rollout(model, tiny_transformer.warp(), window=10**6, sink=0)
+    with torch.no_grad():
+        for c in range(begin):
+            rollout._forward(x[:, :, 3 * c : 3 * c + 3], 0.0, text, commit=True)
+            rollout.done += 3
+    one = rollout.next(torch.randn(1, 4, 3, 4, 4), text)
+    assert torch.allclose(one, made[:, :, 3 * begin : 3 * begin + 3], atol=1e-5)

@@ -16,7 +16,9 @@ SHIFT = 5.0
 FIRST_FILMS = 100
 FILMS = 1500  # a shelf this large is not outlived
 HISTORY_NOISE = 0.3
-OWN = 0.3  # share of windows whose history is the model's own
+OWN = 0.3  # share of windows with a past that the model guessed in one step
+ROLLED = 0.4  # the same in the second half of "few": a past that the sampler made
+ROLL = 3  # chunks that it made, at most
 ACTOR, RETURNED = 6.0, 12.0  # weights of a latent cell with an actor in it, on a first visit and on a later one
 FIRST_CHUNK = 2.0  # weight of a take's first chunk: everything after leans on it
 
@@ -57,7 +59,8 @@ def train(
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
     """Teacher forcing on windows of seven chunks of `variant` (short or long); text encoder and transformer learn
     together. Stage "many" learns every noise level; stage "few" learns the sampler's four levels, on histories that are
-    the model's own now and then. `start` is the checkpoint of another stage to begin with."""
+    the model's own now and then: guessed in one step, and in its second half made by the sampler, chunk after chunk.
+    `start` is the checkpoint of another stage to begin with."""
     torch.manual_seed(seed)
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
@@ -76,7 +79,7 @@ def train(
         window = library.draw(rng, max(1, batch * 7 // chunks), chunks)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             text = tiny_text.embed(tokens, encoder, window.captions)
-            loss, actor = _loss(transformer, window, text, rng, few)
+            loss, actor = _loss(transformer, window, text, rng, few, few and share > 0.5)
         stage.step(loss, actor=actor, films=library.films)
     stage.finish()
     causal.release(transformer)
@@ -94,13 +97,20 @@ def load(checkpoint: Path, modules: dict[str, torch.nn.Module], device: str = "c
 
 
 def _loss(
-    transformer: WanTransformer3DModel, window: Batch, text: torch.Tensor, rng: np.random.Generator, few: bool
+    transformer: WanTransformer3DModel,
+    window: Batch,
+    text: torch.Tensor,
+    rng: np.random.Generator,
+    few: bool,
+    rolls: bool = False,
 ) -> tuple[torch.Tensor, float]:
     x, n = window.latents, window.learn.shape[1]
     first = int((window.learn.amax(0) > 0).nonzero()[0])  # chunks before it are history only
     m = n - first
     clean = x
-    if few and rng.random() < OWN:
+    if rolls and rng.random() < ROLLED:
+        clean = _rolled(transformer, x, text, window.frames, rng, first)
+    elif few and rng.random() < OWN:
         # History as the sampler may leave it: the model's own guess at one of its noise levels, given the true past.
         level = float(rng.choice(warp()[1:], p=[0.2, 0.4, 0.4]))
         times = torch.full((len(x), n), level, device=x.device)
@@ -125,6 +135,32 @@ def _loss(
     weight = learn * torch.tensor([1.0, ACTOR, RETURNED], device=x.device)[actors.long()]
     seen = learn * (actors > 0)
     return (error * weight).sum() / weight.sum(), float((error.detach() * seen).sum() / seen.sum().clamp_min(1))
+
+
+@torch.no_grad()
+def _rolled(
+    transformer: WanTransformer3DModel,
+    x: torch.Tensor,
+    text: torch.Tensor,
+    frames: torch.Tensor,
+    rng: np.random.Generator,
+    first: int,
+) -> torch.Tensor:
+    """The window x [B, Z, F, h, w] with up to ROLL chunks on end made by the sampler, the first of them from a true
+    past; what follows is still to be true, so the model learns to find back. The last chunk is nobody's past."""
+    clean, n = x.clone(), x.shape[2] // CHUNK
+    begin = int(rng.integers(first, n - 1))
+    levels = [t / 1000 for t in warp()]
+    for c in range(begin, min(begin + int(rng.integers(1, ROLL + 1)), n - 1)):
+        own, seen = slice(c * CHUNK, (c + 1) * CHUNK), slice(0, (c + 1) * CHUNK)
+        made = torch.randn_like(x[:, :, own])
+        for i, level in enumerate(levels):
+            times = torch.full((len(x), 1), 1000 * level, device=x.device)
+            guess = made - level * causal.velocity(transformer, clean[:, :, seen], made, times, text, frames[:, seen])
+            following = levels[i + 1] if i + 1 < len(levels) else 0.0
+            made = (1 - following) * guess + following * torch.randn_like(guess)
+        clean[:, :, own] = made
+    return clean
 
 
 def _sigmas(rng: np.random.Generator, shape: tuple[int, int], few: bool) -> np.ndarray:
