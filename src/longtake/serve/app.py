@@ -45,6 +45,8 @@ from .protocol import (
 log = logging.getLogger("longtake.serve")
 
 _SWEEP = 60.0  # seconds
+_REFUSALS = (400, 401, 403, 404, 409, 410, 413, 421, 422, 429, 503, 507)
+_ANSWERS: dict[str, Any] = {"responses": {status: {"model": ErrorAnswer} for status in _REFUSALS}}
 _CLOSE = {400: 4400, 401: 4401, 404: 4404, 426: 4426, 503: 4503}  # WebSocket codes
 
 
@@ -82,57 +84,52 @@ def build(service: Sessions, tokens: Tokens) -> FastAPI:
 
 
 def _sessions(app: FastAPI, service: Sessions) -> None:
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer} for status in (401, 403, 404, 409, 413, 422, 429, 503, 507)
-    }
-    options: dict[str, Any] = {"responses": refusals}
-
-    @app.get("/v1/models", **options)
+    @app.get("/v1/models", **_ANSWERS)
     async def models(owner: Owner) -> list[ModelInfo]:
         return service.models()
 
-    @app.get("/v1/policies", **options)
+    @app.get("/v1/policies", **_ANSWERS)
     async def policies(owner: Owner) -> list[PolicyInfo]:
         """KV policies by name, with their options and defaults."""
         found = sorted(served_policies().items())
         return [PolicyInfo(name=name, about=_about(kind), options=_options(kind)) for name, kind in found]
 
-    @app.post("/v1/sessions", status_code=201, **options)
+    @app.post("/v1/sessions", status_code=201, **_ANSWERS)
     async def create(owner: Owner, request: NewSession) -> SessionInfo:
         """Begin a session. 503 says what would fit where this one does not."""
         return await service.create(owner, request)
 
-    @app.get("/v1/sessions", **options)
+    @app.get("/v1/sessions", **_ANSWERS)
     async def sessions(owner: Owner) -> list[SessionInfo]:
         return await service.infos(owner)
 
-    @app.get("/v1/sessions/{name}", **options)
+    @app.get("/v1/sessions/{name}", **_ANSWERS)
     async def session(owner: Owner, name: str) -> SessionInfo:
         return await service.info(owner, name)
 
-    @app.delete("/v1/sessions/{name}", status_code=204, **options)
+    @app.delete("/v1/sessions/{name}", status_code=204, **_ANSWERS)
     async def delete(owner: Owner, name: str) -> None:
         await service.delete(owner, name)
 
-    @app.post("/v1/sessions/{name}/steer", **options)
+    @app.post("/v1/sessions/{name}/steer", **_ANSWERS)
     async def steer(owner: Owner, name: str, request: Steer) -> dict[str, Any]:
         """Do something at the next chunk border; the answer comes when it is done."""
         return await service.steer(owner, name, request.action)
 
-    @app.post("/v1/sessions/{name}/park", **options)
+    @app.post("/v1/sessions/{name}/park", **_ANSWERS)
     async def park(owner: Owner, name: str) -> SessionInfo:
         """Send it to disk; whatever is asked of it next brings it back."""
         return await service.park(owner, name)
 
-    @app.post("/v1/sessions/{name}/fork", status_code=201, **options)
+    @app.post("/v1/sessions/{name}/fork", status_code=201, **_ANSWERS)
     async def fork(owner: Owner, name: str, request: Fork) -> SessionInfo:
         return await service.fork(owner, name, request)
 
-    @app.delete("/v1/sessions/{name}/snapshots/{snapshot}", status_code=204, **options)
+    @app.delete("/v1/sessions/{name}/snapshots/{snapshot}", status_code=204, **_ANSWERS)
     async def delete_snapshot(owner: Owner, name: str, snapshot: str) -> None:
         await service.delete_snapshot(owner, name, snapshot)
 
-    @app.get("/v1/sessions/{name}/recording", response_class=Response, **options)
+    @app.get("/v1/sessions/{name}/recording", response_class=Response, **_ANSWERS)
     async def recording(owner: Owner, name: str) -> Response:
         """The recording so far, as an MP4 that plays."""
         size, parts = await service.recording(owner, name)
@@ -161,7 +158,7 @@ def _operations(app: FastAPI, service: Sessions) -> None:
 
 
 def _watching(app: FastAPI, service: Sessions, tokens: Tokens) -> None:
-    @app.get("/v1/sessions/{name}/mjpeg", response_class=Response)
+    @app.get("/v1/sessions/{name}/mjpeg", response_class=Response, **_ANSWERS)
     async def mjpeg(owner: Owner, name: str) -> Response:
         """The stream as JPEG pictures, for players that know nothing else."""
         take, viewer = await service.watch(owner, name, "jpeg")
