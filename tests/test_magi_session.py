@@ -11,6 +11,7 @@ from torch import Tensor
 
 import longtake
 from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, Session, SlidingWindow
+from longtake.hosts.base import Pass
 from longtake.hosts.magi.host import MagiHost
 from longtake.policies import KVRange
 from longtake.samplers.staggered import Stagger
@@ -228,6 +229,47 @@ def test_a_reused_step_goes_as_far_as_its_own_time(distilled: MagiHost) -> None:
     exact = run(threshold=0.0)
     torch.testing.assert_close(run(threshold=10.0, warmup=1), exact, rtol=0, atol=1e-5)
     assert (run(threshold=10.0, warmup=1, carry="update") - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("commit", ["clean", "adopt"])
+@pytest.mark.parametrize("kind", ["base", "distilled"])
+def test_the_residual_of_the_blocks_is_carried_over(
+    kind: str, commit: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of every pass, with and without a clean one; a restored take goes on with it."""
+    host = request.getfixturevalue(kind)
+    sampler = Stagger(steps=8, lag=2, commit=commit)
+
+    def take(threshold: float, carry: str = "residual") -> Session:
+        reuse = FlowCacheReuse(threshold, carry=carry, warmup=2)
+        return Session(host, prompt_embeds=words(), chunks=4, seed=5, decode=False, reuse=reuse, sampler=sampler)
+
+    whole = latents(take(0.0))
+    assert torch.equal(whole, latents(take(0.0, carry="velocity")))
+    some = take(9.0)
+    made = latents(some)
+    assert some.stats.reused and torch.isfinite(made).all() and (made - whole).abs().max() > 1e-3
+
+    stopped = take(9.0)
+    first = [next(stopped).latents for _ in range(2)]
+    stopped.snapshot(tmp_path / "take.safetensors")
+    again = Session.restore(tmp_path / "take.safetensors", host)
+    assert torch.equal(torch.cat([*first, latents(again)], -3), made)
+
+
+def test_a_reused_residual_stands_between_this_steps_embedding_and_head(distilled: MagiHost) -> None:
+    x = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    take = Session(distilled, prompt_embeds=words(), chunks=2, seed=5, decode=False)._staggered
+    text = distilled.chunk_texts(take.texts, 0, 2)["cond"]
+    layers = lambda: take._layers(block, Pass("cond"), observe=False)
+    block = take._admit(0, 2)
+    velocity, residual = distilled.forward_residual(x, 0.3, text, layers())
+    assert torch.equal(velocity, distilled.forward(x, 0.3, text, layers()))
+    model, y = distilled.transformer, x + 0.1
+    reused, same = distilled.forward_residual(y, 0.4, text, [], residual)
+    assert same is residual
+    assert torch.equal(reused, model.head(model.tokens(y) + residual, y.shape))
+    torch.testing.assert_close(distilled.forward_residual(x, 0.3, text, [], residual)[0], velocity, rtol=0, atol=1e-5)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

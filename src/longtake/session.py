@@ -318,8 +318,11 @@ class Session:
     def switch_mode(self, mode: str | None = None) -> str:
         """What a new prompt would do to the past, asked for as `mode`. Raises LongtakeError if this take cannot."""
         mode = check_switch(mode or self.prompt_switch)
-        if mode != "keep" and self._staggered is not None:
-            raise LongtakeError(f"prompt switch {mode!r}: with several chunks in flight a new prompt can only 'keep'")
+        if mode in ("flush", "cut") and self._staggered is not None:
+            raise LongtakeError(
+                f"prompt switch {mode!r}: chunks in flight see the past, so here a new prompt can only 'keep' it or "
+                "'recache' what has finished"
+            )
         if mode == "recache" and self._latents is None:
             raise LongtakeError(
                 "prompt switch 'recache' needs the latents of the past: make the session with prompt_switch='recache' "
@@ -332,11 +335,11 @@ class Session:
         """Rewrite the K/V of every held chunk from its latents under the prompt in force, oldest first, each seeing
         what the policy shows it of those before (prompt recache, chunk by chunk). Chunks that have lost tokens stay as
         they are. Returns the number of chunks rewritten. Needs `keep_latents=True`."""
-        if self._staggered is not None:
-            raise LongtakeError("rebuild is for takes of one chunk at a time: here, others are in flight")
         if self._latents is None:
             raise LongtakeError("rebuild needs the latents of the past: make the session with keep_latents=True")
         self._obey()
+        if self._staggered is not None:
+            return self._staggered.rebuild()
         self._begin()
         return self._recache(self._latents)
 
@@ -453,8 +456,6 @@ class Session:
     def _stagger(self, sampler: Stagger) -> Staggered:
         """What runs this take, several chunks at a time."""
         height, width = self.geometry.latent_size
-        if self._latents is not None:
-            raise LongtakeError("keep_latents is for rebuild, which takes of one chunk at a time have: leave it out")
         if self.compressor is not None:
             raise LongtakeError(f"{self.policy.name} keeps compressed chunks, which a staggered take cannot make yet")
         if sampler.window is None:
@@ -464,6 +465,7 @@ class Session:
             draw=lambda n: self.noise.draw(self.geometry.channels, n, height, width).to(self.host.device),
             texts={name: stream.text for name, stream in self._streams.items()}, guidance=self.guidance_scale,
             ends_at=self._frames, on_step=self._predicted if self.callback_on_step_end is not None else None,
+            keep=self._latents is not None,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -736,6 +738,8 @@ class Session:
                 self.history.forget(self.policy.flush(self.history.table()))
                 self._forget_latents()
                 self._cut = CUT_FRAMES if self._pending_mode == "cut" else 0
+            elif self._pending_mode == "recache" and self._staggered is not None:
+                self._staggered.rebuild()
             elif self._pending_mode == "recache" and self._latents is not None:
                 self._begin()
                 self._recache(self._latents)

@@ -127,8 +127,9 @@ def run(
     if seeds and model is None:
         raise LongtakeError(f"{seeds} seeds need a model to judge: give --model, or --seeds 0")
     trained = None if model is None else _trained(model, where)
-    options = {"threads": threads, "force": force, "command": command, "progress": progress}
-    with staged(where, dtype or shape.dtype, **options) as stage:
+    with staged(
+        where, dtype or shape.dtype, threads=threads, force=force, command=command, progress=progress
+    ) as stage:
         settings = stage.settings | {"rounds": rounds, "seeds": seeds, "seed": seed, "model": model, "repeats": REPEATS}
         report = FlowCacheReport(shape=asdict(shape), settings=settings, **stage.head)
         report.missing = stage.others(SHAPES)
@@ -162,7 +163,7 @@ def _speed(report: FlowCacheReport, host: SkyReels, ways: list[Arm], embeds: Ten
     difference to time.)"""
     geometry, frames, clock = host.geometry(), host.config.training_frames, stage.clock
     ways = [arm for arm in ways if "carry" not in arm.name]
-    pipe = _pipeline(host)
+    embeds, pipe = embeds.to(host.device, host.dtype), _pipeline(host)
     rows = {name: SpeedRow(host.name, name) for name in (PIPELINE, *(arm.name for arm in ways))}
     ran: dict[str, Counter[tuple[int, int]]] = {}
     call = lambda steps: pipe(

@@ -26,7 +26,9 @@ from ..history import LayerView
 from ..hosts.base import Pass, TextState
 from ..hosts.magi.host import MagiHost
 from ..policies import KVRange
-from .staggered import Finished, InFlight, Stagger, Staggered
+from .flight import Finished, InFlight
+from .stagger import Stagger
+from .staggered import Staggered
 
 
 class MagiStaggered(Staggered):
@@ -81,7 +83,7 @@ class MagiStaggered(Staggered):
         self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended, self.reuse.finish(chunk.chunk)))
 
     def _leave(self, chunk: InFlight) -> None:
-        self._settle(chunk.block)
+        self._settle(chunk.block, chunk.x, self.host.clean_timestep)
         self.live.remove(chunk)
 
     # --- forwards ----------------------------------------------------------------------------------------------------
@@ -101,6 +103,7 @@ class MagiStaggered(Staggered):
             )  # fmt: skip
             plan.append((chunk, t, {each.name: each for each in makes}))
         made: dict[int, dict[str, Tensor]] = {chunk.chunk: {} for chunk in computed}
+        residuals: dict[int, dict[str, Tensor]] = {chunk.chunk: {} for chunk in computed}
         for chunk in computed:
             self.reuse.state(chunk.chunk).cost = Flops()
         for name in dict.fromkeys(name for _, _, passes in plan for name in passes):
@@ -109,20 +112,24 @@ class MagiStaggered(Staggered):
                     continue
                 before = clock.flops
                 last = name == [each.name for each in passes.values() if each.write][-1]
-                out = self._pass(chunk, t, passes[name], clock, observe=last and self._looked_at(chunk, finished))
+                observe = last and self._looked_at(chunk, finished)
+                out = self._pass(chunk, t, passes[name], clock, observe=observe, residuals=residuals.get(chunk.chunk))
                 if chunk.chunk in made:
                     made[chunk.chunk][name] = out
                     self.reuse.state(chunk.chunk).cost += clock.flops - before
+        for number, kept in residuals.items():
+            self.reuse.state(number).residuals = kept
         times = {chunk.chunk: t for chunk, t, _ in plan}
         return {number: self.host.guide(out, times[number], self.guidance) for number, out in made.items()}
 
-    def _pass(self, chunk: InFlight, t: float, each: Pass, clock: Clock, *, observe: bool) -> Tensor:
+    def _pass(
+        self, chunk: InFlight, t: float, each: Pass, clock: Clock, *, observe: bool,
+        residuals: dict[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         layers = self._layers(chunk.block, each, observe=observe)
         if each.history and isinstance(self.policy, KVRange):
             self._limit(layers, chunk.span, self.policy.reach(chunk.step, self.matrix.steps))
-        text = chunk.texts[each.text]
-        with clock.of(self.host.flops(chunk.x, text, layers)):
-            return self.host.forward(chunk.x, t, text, layers)
+        return self._forward(chunk, t, each, layers, {} if residuals is None else residuals, clock)
 
     def _limit(self, layers: list[LayerView], span: int, reach: int) -> None:
         """Hide what lies more than `reach` chunks back, the one in flight included."""

@@ -17,7 +17,7 @@ and the last frames of the one before, carried over as latents.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,41 +29,11 @@ from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import Host, Pass, TextState
 from ..policies import KVPolicy
-from ..reuse import Decision, ReuseRun, Turn
+from ..reuse import ReuseRun, Turn
+from . import flight
+from .flight import Finished, InFlight
 from .solvers import Euler, Renoise, Solver
 from .stagger import Stagger
-
-_PLACE = ("origin", "until", "frame", "chunk", "row", "entered")  # where a take stands
-_NUMBERS = ("chunk", "block", "frame", "span", "start", "chunks", "step")  # of a chunk in flight
-
-
-@dataclass
-class InFlight:
-    """A chunk that is being denoised."""
-
-    chunk: int  # number in the take
-    block: int  # its id in the history
-    frame: int  # first latent frame, in the take
-    span: int
-    start: int  # row of its first step
-    x: Tensor  # fp32 [B, C, f, h, w]
-    solver: Solver
-    texts: dict[str, TextState]  # as the passes name them
-    said: dict[str, TextState]  # the take's prompts when it entered …
-    chunks: int | None  # … and its chunks, if they were known
-    given: Tensor | None = None  # latents [B, C, g, h, w] that its first frames have at every step
-    step: int = 0  # steps taken
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A chunk that took its last step, and what its last forward attended to."""
-
-    chunk: int
-    frame: int
-    latents: Tensor  # fp32 [B, C, f, h, w]
-    attended: int
-    decisions: tuple[Decision, ...] = ()  # of its steps, by the reuse policy
 
 
 class Staggered:
@@ -71,7 +41,8 @@ class Staggered:
 
     `draw(frames)` gives noise [B, C, frames, h, w]; `texts` are the prompts by name and may be replaced at any time:
     chunks that enter later are given the new ones. `on_step(x0, timestep, step)` sees, and may replace, what a chunk's
-    step predicts. `ends_at` is the take's length in latent frames, given ones included.
+    step predicts. `ends_at` is the take's length in latent frames, given ones included. `keep` keeps the latents of
+    what the history holds, for `rebuild`.
 
     Anything raised leaves the take as it stood before the forward it was raised in: call `next` again to go on.
     """
@@ -79,7 +50,7 @@ class Staggered:
     def __init__(
         self, host: Host, geometry: Geometry, history: History, policy: KVPolicy, reuse: ReuseRun, stagger: Stagger, *,
         draw: Callable[[int], Tensor], texts: dict[str, TextState], guidance: float = 1.0, ends_at: int | None = None,
-        on_step: Callable[[Tensor, float, int], Tensor] | None = None,
+        on_step: Callable[[Tensor, float, int], Tensor] | None = None, keep: bool = False,
     ) -> None:  # fmt: skip
         self.host, self.geometry, self.history = host, geometry, history
         self.policy, self.reuse, self.stagger = policy, reuse, stagger
@@ -95,7 +66,8 @@ class Staggered:
         self.row = 0  # in the window
         self.entered = 0  # chunks of the window that have entered
         self.tail: Tensor | None = None  # the last `overlap` finished latent frames
-        self._given: Tensor | None = None  # given latents that do not fill a chunk: the next one begins with them
+        self.begun_with: Tensor | None = None  # given latents that fill no chunk: the next one begins with them
+        self.kept: dict[int, tuple[Tensor, float]] | None = {} if keep else None  # block → what a pass writes it from
         self._planned = False
         self._computed: dict[int, bool] = {}  # chunk → whether it is computed in this row
 
@@ -123,6 +95,28 @@ class Staggered:
         """The chunk has been handed out."""
         del self.done[0]
 
+    @torch.no_grad()
+    def rebuild(self) -> int:
+        """Rewrite the K/V of what the history holds from its latents under the prompts in force, oldest first, as a
+        clean pass leaves them, whatever the commit rule is. Chunks in flight, and what has lost tokens, stay as they
+        are. Returns the number of blocks rewritten. Needs `keep`."""
+        kept, clock = self.kept or {}, Clock()
+        whole = [b.id for b in self.history.table().blocks if self.history.rewritable(b) and b.id in kept]
+        for block in whole:
+            table = self.history.reopen(block)
+            try:
+                plan = self.policy.plan(table, self.history.signals(self.chunk))
+                self.history.apply(replace(plan, drops=()))
+                self._planned = True
+                self._write(block, *kept[block], self.texts, clock, f"block {block} under another prompt")
+                self.history.commit(block)
+            except BaseException:
+                self.history.abandon(block)
+                raise
+            finally:
+                self._planned = False
+        return len(whole)
+
     def turns(self) -> list[Turn]:
         """The steps of a chunk, as reuse policies see them."""
         steps = self.matrix.steps
@@ -130,67 +124,19 @@ class Staggered:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a continuation depends on but the history, the noise and the reuse: tensors, and what JSON takes."""
-        tensors: dict[str, Tensor] = {}
-        if self.tail is not None:
-            tensors["tail"] = self.tail
-        if self._given is not None:
-            tensors["given"] = self._given
-        texts: list[TextState] = []
-        live = []
-        for i, chunk in enumerate(self.live):
-            solver, told = chunk.solver.state_dict()
-            tensors[f"live/{i}/x"] = chunk.x
-            if chunk.given is not None:
-                tensors[f"live/{i}/given"] = chunk.given
-            tensors |= {f"live/{i}/solver/{name}": x for name, x in solver.items()}
-            for text in chunk.said.values():
-                if not any(text is known for known in texts):
-                    texts.append(text)
-            said = {
-                name: next(k for k, known in enumerate(texts) if known is text) for name, text in chunk.said.items()
-            }
-            live.append({name: getattr(chunk, name) for name in _NUMBERS} | {"solver": told, "said": said})
-        tensors |= {f"texts/{k}": text.embeds for k, text in enumerate(texts)}
-        tensors |= {f"done/{i}": finished.latents for i, finished in enumerate(self.done)}
-        done = [
-            {"chunk": f.chunk, "frame": f.frame, "attended": f.attended, "decisions": [asdict(d) for d in f.decisions]}
-            for f in self.done
-        ]
-        return tensors, {name: getattr(self, name) for name in _PLACE} | {"live": live, "done": done}
+        return flight.written(self)
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Go on from `state_dict`, in a history that was restored too."""
-        device = self.host.device
-        at = lambda name: tensors[name].to(device) if name in tensors else None
-        for name in _PLACE:
-            setattr(self, name, meta[name])
-        self.tail, self._given, self._planned, self._computed = at("tail"), at("given"), False, {}
-        numbers = sorted({int(name.removeprefix("texts/")) for name in tensors if name.startswith("texts/")})
-        texts = [self.host.text_state(tensors[f"texts/{k}"]) for k in numbers]
-        self.live = []
-        for i, told in enumerate(meta["live"]):
-            said = {name: texts[k] for name, k in told["said"].items()}
-            solver, start = self._solver(), f"live/{i}/solver/"
-            held = {k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)}
-            solver.load_state_dict(held, told["solver"])
-            x = at(f"live/{i}/x")
-            assert x is not None
-            self.live.append(InFlight(
-                **{name: told[name] for name in _NUMBERS}, x=x, solver=solver, said=said,
-                texts=self.host.chunk_texts(said, told["chunk"], told["chunks"]), given=at(f"live/{i}/given"),
-            ))  # fmt: skip
-        self.done = []
-        for i, told in enumerate(meta["done"]):
-            decisions = tuple(Decision(**decision) for decision in told["decisions"])
-            latents = tensors[f"done/{i}"].to(device)
-            self.done.append(Finished(told["chunk"], told["frame"], latents, told["attended"], decisions))
+        flight.read(self, tensors, meta)
 
     @property
     def nbytes(self) -> int:
         """Bytes of latents and solver states."""
         held = [chunk.x for chunk in self.live] + [chunk.given for chunk in self.live]
         held += [x for chunk in self.live for x in chunk.solver.state_dict()[0].values()]
-        held += [finished.latents for finished in self.done] + [self.tail, self._given]
+        held += [finished.latents for finished in self.done] + [self.tail, self.begun_with]
+        held += [x for x, _ in (self.kept or {}).values()]
         return sum(x.nbytes for x in held if x is not None)
 
     # --- windows -----------------------------------------------------------------------------------------------------
@@ -202,6 +148,8 @@ class Staggered:
 
     def _open(self, origin: int) -> None:
         self.history.clear()
+        if self.kept is not None:
+            self.kept = {}
         self.origin, self.until, self.frame = origin, self._reach(origin), origin
         self.row, self.entered, self._planned = 0, 0, False
 
@@ -211,7 +159,7 @@ class Staggered:
         frames, whole = latents.shape[2], self.geometry.chunk_frames
         rest = frames % whole
         if rest and self.host.begins_chunks:
-            self._given = latents[:, :, frames - rest :]
+            self.begun_with = latents[:, :, frames - rest :]
             frames, rest = frames - rest, 0
         sizes = ([rest] if rest else []) + [whole] * (frames // whole)
         for piece in latents[:, :, :frames].split(sizes, 2) if sizes else ():
@@ -225,7 +173,7 @@ class Staggered:
                 self.history.abandon(block)
                 self._planned = False
                 raise
-            self._settle(block)
+            self._settle(block, x, timestep)
             self.frame += piece.shape[2]
 
     def _keep(self, latents: Tensor) -> None:
@@ -268,11 +216,11 @@ class Staggered:
         said, chunks = dict(self.texts), self._chunks()
         texts = self.host.chunk_texts(said, self.chunk, chunks)
         chunk = InFlight(
-            self.chunk, block, self.frame, span, self.row, x, self._solver(), texts, said, chunks, self._given
+            self.chunk, block, self.frame, span, self.row, x, self.solver(), texts, said, chunks, self.begun_with
         )
         _impose(chunk)
         self.live.append(chunk)
-        self._given = None
+        self.begun_with = None
         self.frame, self.chunk, self.entered = self.frame + span, self.chunk + 1, self.entered + 1
 
     def _chunks(self) -> int | None:
@@ -318,28 +266,37 @@ class Staggered:
 
     def _velocity(self, chunk: InFlight, turn: Turn, clock: Clock) -> Tensor:
         velocities: dict[str, Tensor] = {}
+        residuals: dict[str, Tensor] = {}
         observe, before = self._observed(chunk), clock.flops
         for each in self._passes(chunk, turn):
-            layers, text = self._layers(chunk.block, each, observe=observe), chunk.texts[each.text]
-            with clock.of(self.host.flops(chunk.x, text, layers)):
-                if self.reuse.carries_residual:
-                    velocities[each.name], residual = self.host.forward_residual(chunk.x, turn.timestep, text, layers)
-                    self.reuse.state(chunk.chunk).residuals[each.name] = residual
-                else:
-                    velocities[each.name] = self.host.forward(chunk.x, turn.timestep, text, layers)
+            layers = self._layers(chunk.block, each, observe=observe)
+            velocities[each.name] = self._forward(chunk, turn.timestep, each, layers, residuals, clock)
+        self.reuse.state(chunk.chunk).residuals = residuals
         self.reuse.state(chunk.chunk).cost = clock.flops - before
         return self.host.guide(velocities, turn.timestep, self.guidance)
+
+    def _forward(
+        self, chunk: InFlight, timestep: float, each: Pass, layers: list[Any], residuals: dict[str, Tensor],
+        clock: Clock,
+    ) -> Tensor:  # fmt: skip
+        """What one pass predicts; into `residuals`, if that is what is carried over, what its blocks added."""
+        text = chunk.texts[each.text]
+        with clock.of(self.host.flops(chunk.x, text, layers)):
+            if not self.reuse.carries_residual:
+                return self.host.forward(chunk.x, timestep, text, layers)
+            velocity, residuals[each.name] = self.host.forward_residual(chunk.x, timestep, text, layers)
+            return velocity
 
     def _reused(self, chunk: InFlight, turn: Turn) -> Tensor:
         """The velocity of a step that no block is computed for; K/V stay as they were."""
         if not self.reuse.carries_residual:
             return self.reuse.carried(turn, chunk.x)
-        velocities = {}
+        velocities, residuals = {}, self.reuse.state(chunk.chunk).residuals
         for each in self._passes(chunk, turn):
-            residual = self.reuse.state(chunk.chunk).residuals[each.name]
-            velocities[each.name], _ = self.host.forward_residual(
-                chunk.x, turn.timestep, chunk.texts[each.text], [], residual
-            )
+            if each.name in residuals:  # a pass that joined since (MAGI-1's nearly clean one) has none yet
+                velocities[each.name], _ = self.host.forward_residual(
+                    chunk.x, turn.timestep, chunk.texts[each.text], [], residuals[each.name]
+                )
         return self.host.guide(velocities, turn.timestep, self.guidance)
 
     def _shown(self, velocity: Tensor, chunk: InFlight, turn: Turn) -> Tensor:
@@ -394,16 +351,24 @@ class Staggered:
 
     def _finish(self, chunk: InFlight) -> None:
         attended = self.history.attended() + chunk.span * self.geometry.tokens_per_frame
-        self._settle(chunk.block)
+        self._settle(chunk.block, chunk.x, self.host.clean_timestep)
         self.live.remove(chunk)
         self._keep(chunk.x)
         self.done.append(Finished(chunk.chunk, chunk.frame, chunk.x, attended, self.reuse.finish(chunk.chunk)))
 
-    def _settle(self, block: int) -> None:
+    def _settle(self, block: int, x: Tensor, timestep: float) -> None:
+        """A block becomes the past; `x` at `timestep` is what a pass would write it from."""
         self.history.commit(block)
         self._planned = False
+        if self.kept is not None:
+            held = {b.id for b in self.history.blocks}
+            self.kept = {b: kept for b, kept in self.kept.items() if b in held} | {block: (x, timestep)}
 
-    def _solver(self) -> Solver:
+    def forget_plan(self) -> None:
+        """What is decided and laid out within a row is so anew."""
+        self._planned, self._computed = False, {}
+
+    def solver(self) -> Solver:
         if self.host.solver == "unipc":
             from .unipc import UniPC
 

@@ -186,12 +186,29 @@ class MagiHost(Host):
     @torch.no_grad()
     def forward(self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView]) -> Tensor:
         """Velocity dx/dt [B, C, f, h, w] of a chunk at time `timestep` in 0 (noise) … 1 (data)."""
-        if not isinstance(text, Reading):
-            text = self.chunk_texts({"cond": text}, 0, None)["cond"]
-            assert isinstance(text, Reading)
+        text = self._reading(text)
         with self.lock:
-            condition = self.transformer.condition(timestep, self._step_size(timestep), text.null)
-            return self.transformer(latents.to(self.device), condition, text.kv, layers)
+            return self.transformer(latents.to(self.device), self._condition(timestep, text), text.kv, layers)
+
+    @torch.no_grad()
+    def forward_residual(
+        self, latents: Tensor, timestep: float, text: TextState, layers: list[LayerView], residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        model, text = self.transformer, self._reading(text)
+        with self.lock:
+            before = model.tokens(latents.to(self.device)).to(model.working_dtype)
+            if residual is not None:  # the head asks for no timestep: nothing else of the pass enters
+                return model.head(before + residual, latents.shape), residual
+            after = model.through(before, self._condition(timestep, text), text.kv, layers)
+            return model.head(after, latents.shape), after - before
+
+    def _reading(self, text: TextState) -> Reading:
+        reading = text if isinstance(text, Reading) else self.chunk_texts({"cond": text}, 0, None)["cond"]
+        assert isinstance(reading, Reading)
+        return reading
+
+    def _condition(self, timestep: float, text: Reading) -> Tensor:
+        return self.transformer.condition(timestep, self._step_size(timestep), text.null)
 
     @torch.no_grad()
     def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:

@@ -279,11 +279,21 @@ class MagiTransformer3DModel(ModelMixin, ConfigMixin):
 
         `text` has per layer K and V [1, T, Hk, D] of every take, or one for all; `views` one view per layer.
         """
-        hidden = self.tokens(latents).to(self.working_dtype)
+        hidden = self.through(self.tokens(latents).to(self.working_dtype), condition, text, views)
+        return self.head(hidden, latents.shape)
+
+    def through(
+        self, hidden: Tensor, condition: Tensor, text: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        views: Sequence[LayerView],
+    ) -> Tensor:  # fmt: skip
+        """Tokens [B, N, E] through every block; arguments as for `forward`."""
         for layer, view, kv in zip(self.videodit_blocks.blocks, views, text, strict=True):
             hidden = layer(hidden, condition, view, kv)
-        out = self.final_linear.linear(self.videodit_blocks.final_layernorm(hidden.float()))
-        return self.pixels(out, latents.shape)
+        return hidden
+
+    def head(self, hidden: Tensor, shape: Sequence[int]) -> Tensor:
+        """Velocity of the latents' `shape`, of the last block's tokens [B, N, E]."""
+        return self.pixels(self.final_linear.linear(self.videodit_blocks.final_layernorm(hidden.float())), shape)
 
     def pixels(self, out: Tensor, shape: Sequence[int]) -> Tensor:
         """Output tokens [B, N, p·p·C] → [B, C, F, H, W] of the latents' `shape`."""
