@@ -49,6 +49,8 @@ def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
         if few < ENOUGH
         else ""
     )  # fmt: skip
+    if min((row["seeds"] for row in rows), default=0) < 2:
+        warning += "<p class=warn>One scene: its interval says nothing about others.</p>"
     chance = found["chance"]
     columns = [
         Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"), *COSTS,

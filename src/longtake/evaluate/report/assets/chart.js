@@ -29,9 +29,9 @@ function figure(holder, height, paint) {
   holder.append(box);
   let width = 0;
   const draw = () => {
-    const at = document.activeElement?.dataset?.mark;
+    const at = box.contains(document.activeElement) && document.activeElement.dataset.mark;
     if (width > 0) box.replaceChildren(canvas(width, typeof height === "function" ? height(width) : height, paint(width)));
-    if (at && !box.contains(document.activeElement)) box.querySelector(`[data-mark="${at}"]`)?.focus();
+    if (at) box.querySelector(`[data-mark="${at}"]`)?.focus();
   };
   new ResizeObserver(([entry]) => {
     const now = Math.floor(entry.contentRect.width);

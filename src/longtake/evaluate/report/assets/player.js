@@ -13,6 +13,8 @@ async function player(root, table, bus) {
   const arms = chips("Arms whose video is shown", kept, kept.slice(0, FIRST).map((row) => row.arm), load);
   const stage = h("div", { class: "stage" });
   const key = unique("frame"), again = h("input", { type: "checkbox", id: unique("again") });
+  const over = h("input", { type: "checkbox", id: unique("over"), onchange: lay });
+  const edge = h("input", { type: "range", min: 0, max: 100, value: 50, hidden: true, class: "edge", "aria-label": "Where the two videos meet", oninput: lay });
   const scrub = h("input", { type: "range", id: key, min: 0, max: 1, value: 0, class: "scrub" });
   const time = h("output", { for: key, class: "time" });
   const begin = h("button", { type: "button", class: "main" }, "Play");
@@ -31,7 +33,16 @@ async function player(root, table, bus) {
     starts = curves?.chunk_starts.values ?? [0];
     count = Math.max(1, ...slots.map(({ take }) => (take?.curves.brightness ? take.curves.brightness.values.length * take.curves.brightness.every : 0)));
     limit();
+    lay();
     seek(Math.min(at, count - 1));
+  }
+  // Two videos in one place, with a border that moves.
+  function lay() {
+    over.disabled = slots.length !== 2;
+    const on = over.checked && !over.disabled;
+    stage.classList.toggle("over", on);
+    edge.hidden = !on;
+    slots.forEach(({ box }, i) => { box.firstElementChild.style.clipPath = on && i ? `inset(0 0 0 ${edge.value}%)` : ""; });
   }
   function slot(row, found) {
     const caption = h("figcaption", {}, swatch(row), row.arm);
@@ -106,8 +117,9 @@ async function player(root, table, bus) {
   begin.addEventListener("click", () => (playing ? (pause(), seek(frame())) : play()));
   scrub.addEventListener("input", () => { const at = frame(); pause(); seek(at); });
   bus.hear("seek", ({ seconds, chunk }) => { pause(); seek(chunk != null ? starts[Math.min(chunk, starts.length - 1)] : seconds * fps); });
-  root.append(h("div", { class: "bar" }, which.field), arms.field, stage,
+  root.append(h("div", { class: "bar" }, which.field), arms.field, stage, edge,
     h("div", { class: "deck" }, h("label", { for: key, class: "unseen" }, "Frame, of all videos"), scrub,
-      h("div", { class: "bar" }, begin, step(-1, "One frame back"), step(1, "One frame on"), speed.field, h("label", { class: "check" }, again, "Loop"), time)));
+      h("div", { class: "bar" }, begin, step(-1, "One frame back"), step(1, "One frame on"), speed.field, h("label", { class: "check" }, again, "Loop"),
+        h("label", { class: "check" }, over, "Lay over each other (two arms)"), time)));
   load();
 }
