@@ -12,9 +12,11 @@ import torch
 from ..errors import LongtakeError
 from .base import CONFIG_NAME, Host, HostConfig
 from .convert import FAMILIES
+from .convert.wording import first_line
 from .lumos import loading as lumos
+from .prompts import TEXT_ENCODER_FATES
 from .skyreels import SkyReels, diffusion_forcing, settings
-from .wan import TEXT_ENCODER_FATES, CausalWan
+from .wan import CausalWan
 
 # diffusers-format conversions of causal checkpoints on the Hub, which carry no longtake.json
 KNOWN_CAUSAL = {
@@ -151,7 +153,7 @@ def _from_folder(
         if (folder / "compressor").is_dir():
             compressor = DualBranch.from_pretrained(folder, subfolder="compressor", torch_dtype=dtype, **options)
     except Exception as error:  # loaders raise anything from OSError to SafetensorError
-        raise LongtakeError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise LongtakeError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for part in (transformer, vae, text_encoder, compressor):
         if part is not None:
             part.requires_grad_(False).eval()
@@ -204,7 +206,7 @@ def _download(name: str) -> Path:
         ]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise LongtakeError(f"{name} cannot be fetched from the Hub: {_first_line(error)}") from error
+        raise LongtakeError(f"{name} cannot be fetched from the Hub: {first_line(error)}") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -217,7 +219,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:  # an unknown name, or a kind this torch is built without
-        raise LongtakeError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from error
+        raise LongtakeError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return found
 
 
@@ -228,7 +230,3 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if dtype not in known and dtype not in known.values():
         raise LongtakeError(f"dtype {str(dtype)!r}: use one of {', '.join(known)}")
     return known.get(dtype, dtype)  # type: ignore[arg-type]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

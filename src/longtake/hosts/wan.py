@@ -7,15 +7,11 @@ from keeps working as before, and `release` puts the original processors back.
 
 from __future__ import annotations
 
-import gc
-import html
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
 
@@ -28,9 +24,8 @@ from ..geometry import Geometry
 from ..history import LayerView
 from ..rope import wan_table
 from .base import Host, HostConfig, TextState
+from .prompts import PromptReader
 from .reusable import forward_residual, latent_feature, timestep_feature
-
-TEXT_ENCODER_FATES = ("offload", "keep", "free")  # after a prompt is encoded
 
 
 class _Processor:
@@ -77,7 +72,7 @@ class TextCrossAttention(_Processor):
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
 
 
-class CausalWan(Host):
+class CausalWan(PromptReader, Host):
     """A `WanTransformer3DModel` with causal weights, its VAE and its text encoder.
 
     `text_encoder` may be None when prompts are given as embeddings only. Raises LongtakeError for an image-to-video
@@ -138,35 +133,10 @@ class CausalWan(Host):
             tuple(self.transformer.config.patch_size),
         )  # fmt: skip
 
-    @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise LongtakeError(
-                f"{self.name} has no text encoder (any more): pass prompt_embeds of shape [prompts, "
-                f"{self.config.text_tokens}, {self.transformer.config.text_dim}], or load with text_encoder='offload'"
-            )
-        tokens = self.tokenizer(
-            [_clean(p) for p in prompts], padding="max_length", max_length=self.config.text_tokens, truncation=True,
-            add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
-        with self.lock:
-            if self.after_encoding is not None:
-                self.text_encoder.to(self.device)
-            mask = tokens.attention_mask.to(self.text_encoder.device)
-            embeds = self.text_encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
-            embeds = embeds * mask.unsqueeze(-1).to(embeds)  # padding is zero, and attended to
-            return embeds.to(self.device, self.dtype)
-
-    def prompts_encoded(self) -> None:
-        if self.text_encoder is None:
-            return
-        if self.after_encoding == "offload" and self.device.type != "cpu":
-            self.text_encoder.to("cpu")
-        elif self.after_encoding == "free":
-            self.text_encoder = None
-            gc.collect()
-        if self.after_encoding in ("offload", "free") and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        shape = f"[prompts, {self.config.text_tokens}, {self.transformer.config.text_dim}]"
+        limit = self.config.text_tokens  # padding is zero, and attended to
+        return self.read(prompts, padding="max_length", limit=limit, dtype=self.dtype, instead=shape)
 
     @torch.no_grad()
     def text_state(self, embeds: Tensor) -> TextState:
@@ -302,9 +272,3 @@ def _project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
     return q, k, v
-
-
-def _clean(prompt: str) -> str:
-    """Wan's prompt cleaning: mended unicode, HTML unescaped twice, single spaces."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
