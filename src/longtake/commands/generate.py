@@ -104,7 +104,7 @@ def generate(
 
     from ..compressors import parse as parse_compressor
     from ..hosts.convert import FAMILIES
-    from ..hosts.wan import TEXT_ENCODER_FATES
+    from ..hosts.prompts import TEXT_ENCODER_FATES
     from ..policies import parse
     from ..reuse import parse as parse_reuse
     from ..reuse import write_log
