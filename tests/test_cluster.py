@@ -3,6 +3,7 @@
 One cluster for the whole file, with two CPUs: a test that needs more processes is in the wrong place.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -27,11 +28,10 @@ from longtake.cluster.front import Front
 from longtake.cluster.jobs import read_lines
 from longtake.cluster.making import RECORD, VIDEO, Maker
 from longtake.serve.access import Tokens
-from longtake.serve.admission import footprint, measure, shape_of
 from longtake.serve.client import Client, ServerError
-from longtake.serve.server import Server
+from longtake.serve.protocol import NewSession
+from longtake.serve.server import Server, service_of
 from longtake.serve.settings import Settings
-from longtake.session import default_policy
 from tests.serving import OTHER, PROMPT, collect, decoded, until
 from tests.test_batch import BALL, inodes, write
 from tests.test_serve_faults import logged
@@ -143,11 +143,12 @@ def host():
 
 
 @pytest.fixture(scope="module")
-def need(host) -> int:
+def need(host, tmp_path_factory) -> int:
     """Bytes of one session of the default kind."""
-    geometry, constants = host.geometry(), measure(host)
-    shape = shape_of(host, geometry, constants, None, None, None)
-    return footprint(host, geometry, default_policy(host).settle(shape), shape, constants, True).total
+    service = service_of([{"tiny-wan": host}], Settings(state=tmp_path_factory.mktemp("one") / "state"), 10**9)
+    info = asyncio.run(service.create("", NewSession(prompt=PROMPT, paused=True)))
+    service.close()
+    return info.reserved_bytes
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def fleet(ray, need, tmp_path_factory):
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started or not thread.is_alive())
-    yield Client(f"http://127.0.0.1:{server.address[1]}"), front
+    yield Client(f"http://127.0.0.1:{server.address[1]}", timeout=300), front
     server.stop()
     thread.join(120)
     assert not thread.is_alive()
@@ -183,13 +184,14 @@ def test_a_session_survives_a_kill_of_its_worker_bit_exactly(fleet, host):
         seen = client.session(name)["chunk"]
         os.kill(pid, signal.SIGKILL)
         assert [item for item in stream if isinstance(item, dict)][-1]["type"] == "bye"
-    assert client.session(name)["chunk"] >= seen  # waits until the worker is back
     assert client.session(other)["state"] == "paused"
+    assert name in {session["id"] for session in client.sessions()}
+    until(lambda: worker.up and worker.status.place["pid"] != pid, 300)
+    assert client.session(name)["chunk"] >= seen
     until(lambda: client.session(name)["chunk"] >= seen + 4, 120)
     client.steer(name, type="pause")
     recovery = client.session(name)["recovery"]
     assert recovery["snapshot_chunk"] + recovery["replayed_chunks"] >= seen
-    until(lambda: worker.status.place["pid"] != pid)
     assert quiet.status.place["pid"] == kept
     made = logged(front.settings.state / f"worker-{worker.number:03d}", name)
     take = longtake.Session(host, prompt=PROMPT, seed=3, keep_latents=True)

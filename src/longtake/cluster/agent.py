@@ -22,7 +22,7 @@ from typing import Any
 from .. import __version__
 from ..errors import LongtakeError
 from ..serve.errors import NoRoom, Refused
-from ..serve.protocol import Fits
+from ..serve.protocol import Fits, SessionInfo
 from ..serve.settings import Settings
 from ..serve.stream import Item, Viewer
 
@@ -40,7 +40,7 @@ class Status:
 
     budget: int = 0
     free: int = 0
-    homes: dict[str, str] = field(default_factory=dict)  # sessions and their owners
+    sessions: dict[str, tuple[str, SessionInfo]] = field(default_factory=dict)  # owner, and how it stands, by name
     metrics: str = ""
     alive: bool = True
     place: dict[str, Any] = field(default_factory=dict)  # machine, process, version
@@ -99,7 +99,8 @@ class Agent:
             return Status(problem=self._problem, place=place, records=self._records.take())
         ledger = self.service.workers[0].ledger
         return Status(
-            ledger.budget, ledger.free, {name: take.owner for name, take in list(self.service.takes.items())},
+            ledger.budget, ledger.free,
+            {name: (take.owner, take.info()) for name, take in list(self.service.takes.items())},
             self.service.metrics.text().decode(), self.service.healthy, place, self._records.take(),
         )  # fmt: skip
 

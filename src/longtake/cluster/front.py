@@ -126,7 +126,8 @@ class Front:
         return found
 
     async def infos(self, owner: str) -> list[SessionInfo]:
-        asked = [self._ask(worker, "infos", owner, patient=True) for worker in self._workers if not worker.gone]
+        """Of a worker that is being started again, its sessions as they were last seen, on disk."""
+        asked = [self._infos(worker, owner) for worker in self._workers]
         return [info for found in await asyncio.gather(*asked) for info in found]
 
     async def steer(self, owner: str, name: str, action: Any) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class Front:
                 f"worker {worker.number} runs longtake {status.place['longtake']}, this is {__version__}: install the "
                 "same everywhere"
             )
-        for name, owner in status.homes.items():
+        for name, (owner, _) in status.sessions.items():
             self._settle(name, worker, owner)
         log.info("worker ready", extra={"worker": worker.number, **status.place, "budget": status.budget})
 
@@ -249,6 +250,16 @@ class Front:
 
     def _settle(self, name: str, worker: _Worker, owner: str) -> None:
         self._homes[name] = worker, owner
+
+    async def _infos(self, worker: _Worker, owner: str) -> list[SessionInfo]:
+        try:
+            if worker.up:
+                found: list[SessionInfo] = await self._ask(worker, "infos", owner)
+                return found
+        except Refused:  # it died meanwhile
+            pass
+        seen = [info for whose, info in worker.status.sessions.values() if whose == owner]
+        return [info.model_copy(update={"state": "parked", "held_bytes": 0}) for info in seen]
 
     def _home(self, owner: str, name: str) -> _Worker:
         worker, whose = self._homes.get(name, (None, None))
@@ -328,14 +339,14 @@ class Front:
 
     def _meet(self, worker: _Worker, status: Status) -> None:
         back = worker.status.place.get("pid") != status.place.get("pid")
-        for name in set(worker.status.homes) - set(status.homes):  # deleted, or expired
+        for name in set(worker.status.sessions) - set(status.sessions):  # deleted, or expired
             self._homes.pop(name, None)
         worker.status, worker.up, worker.missed = status, status.problem is None, 0
         worker.gone = not worker.up
         for told in status.records:
             record = logging.makeLogRecord(told | {"worker": worker.number})
             logging.getLogger(record.name).handle(record)
-        for name, owner in status.homes.items():
+        for name, (owner, _) in status.sessions.items():
             self._settle(name, worker, owner)
         if back:
             log.warning("worker back", extra={"worker": worker.number, **status.place, "problem": status.problem})
