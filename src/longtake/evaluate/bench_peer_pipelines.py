@@ -174,9 +174,7 @@ class Staggering:
 class AsyncSkyReels:
     """`SkyReelsV2DiffusionForcingPipeline` with `ar_step`, and a host on the same weights for our side."""
 
-    def __init__(
-        self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int, how: Staggering
-    ) -> None:
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int, how: Staggering) -> None:
         transformer = available("SkyReelsV2Transformer3DModel")
         pipeline = available("SkyReelsV2DiffusionForcingPipeline")
         scheduler = available("UniPCMultistepScheduler")

@@ -241,7 +241,7 @@ def _anyflow(bench: _Bench, sdpa: bool = False) -> Pairing:
 def _skyreels(bench: _Bench) -> Pairing:
     if bench.match == "bytes":
         raise LongtakeError("the pipeline keeps no K/V: only match=tokens compares it")
-    # one window's worth, in the chunks and steps of the shape, each chunk a step behind the one before
+    # one window's worth in the chunks of the shape, with twice its steps: each chunk is two behind the one before
     how = Staggering(bench.shape.window // bench.shape.chunk_frames, bench.shape.chunk_frames,
                      2 * len(bench.shape.timesteps), 2)  # fmt: skip
     peer = AsyncSkyReels(bench.shape, bench.stage.device, bench.stage.dtype, bench.seed, how)
@@ -271,9 +271,7 @@ def _scoring(bench: _Bench) -> Pairing:
         bench.stage.device, bench.stage.dtype
     )
     q, k = draw(shape.chunk_tokens), draw(SCORED_CHUNKS * shape.chunk_tokens)
-    policy = FlowCacheKV(
-        frame_tokens=shape.chunk_tokens // shape.chunk_frames, chunk_tokens=shape.chunk_tokens
-    )
+    policy = FlowCacheKV(frame_tokens=shape.chunk_tokens // shape.chunk_frames, chunk_tokens=shape.chunk_tokens)
     one = lambda score: lambda: Run([bench.stage.clock.seconds(score)], [k.shape[1]])
     explicit = one(lambda: explicit_score(q, k, policy.mix, policy.pool))
     what = f"one layer's score of {k.shape[1]} keys"

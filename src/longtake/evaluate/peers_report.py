@@ -64,7 +64,7 @@ class PeersReport(Report):
     pairs: list[Pair] = field(default_factory=list)
 
     def own_tables(self) -> list[str]:
-        head = ("peer", "ours", "peer: whole, last", "ours: whole, last", "tokens at the end", "K/V held", "peer / ours")
+        head = ("peer", "ours", "peer: all, last", "ours: all, last", "tokens at the end", "K/V held", "peer / ours")
         rows = []
         for p in self.pairs:
             ratio = self.figure(f"{p.peer}: peer / ours, whole")
