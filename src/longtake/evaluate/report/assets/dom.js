@@ -106,5 +106,5 @@ function hint(event, lines) {
   tip.style.top = `${clamp(event.clientY + 16, 4, Math.max(4, high - box.height - 4))}px`;
 }
 const unhint = () => { tip.hidden = true; };
-addEventListener("scroll", unhint, { passive: true, capture: true });
+for (const moved of ["wheel", "touchmove"]) addEventListener(moved, unhint, { passive: true }); // not "scroll": focus scrolls too
 addEventListener("keydown", (event) => { if (event.key === "Escape") unhint(); });
