@@ -28,7 +28,8 @@ class Anatomy:
     """A model at one size and length, as a session runs it. Bytes, unless a field says otherwise."""
 
     sizes: HistoryShape  # what the session asks its policy's capacity for
-    batch_latents: int  # of the latents of a chunk, in fp32
+    chunk_latents: int  # of the latents of a chunk, in fp32
+    velocities: int = 1  # a number: how many forwards' results are alive at once
     weights: Mapping[str, int]  # on the device, by part
     encoder: int = 0  # text encoder: in host memory, and on the device only while a prompt is encoded
     text: int = 0  # what prompts leave behind, all streams
@@ -69,18 +70,19 @@ class Anatomy:
         places = held.live_rows * 16 * self.axes * sizes.streams
         past = held.shown - held.live_rows
         turned = peaks.fill(past, sizes.kv_heads * sizes.head_dim, sizes.itemsize, self.pairing)
-        latents = 4 * self.batch_latents  # noise, the step's input, the other stream's velocity, the prediction
+        latents = 4 * self.chunk_latents  # noise, the step's input, its velocity, the prediction
         scratch = residency == "scratch"
         fused = peaks.fused_phases(policy, sizes, self.pairs)
         scored = peaks.scoring(policy, sizes, self.query, self.pairs)
         within = max(scored, max(turned, fused) if scratch else 0)
         forward = max(self.forward.most, self.forward.attending + within if within else 0)
         made = max(peaks.phases(past, self.pairs), 0 if scratch else max(turned, fused))
-        found = {"forward": forward + shown + places + latents, "view": made + shown + places + latents}
+        others = (self.velocities - 1) * self.chunk_latents  # of other chunks and passes
+        found = {"forward": forward + shown + places + latents + others, "view": made + shown + places + latents}
         if self.draw:
             found["draw"] = self.draw + shown + places
         if decode and self.decode is not None:
-            found["decode"] = self.decode + latents
+            found["decode"] = self.decode + shown + places + latents
         return found
 
     def traffic(self, forward: Forward) -> int:

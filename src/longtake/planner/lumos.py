@@ -227,7 +227,7 @@ def anatomy(request: PlanRequest) -> Anatomy:
     hidden = cells * shape.hidden * (s if shape.streams == 1 else 4)  # what codes were last drawn from
     traffic = 2 * (shape.hidden + query) + 2 * (shape.hidden + kv) + 3 * (shape.hidden + shape.ffn) + 2 * query
     return Anatomy(
-        sizes=sizes, batch_latents=8 * cells, weights={"transformer": s * shape.parameters},
+        sizes=sizes, chunk_latents=8 * cells, weights={"transformer": s * shape.parameters},
         text=8 * (shape.text_tokens + (shape.streams - 1) * HEADER), decoder=None, decode=None,
         forward=peaks.lumos_forward(n, shape.hidden, shape.ffn, s, query=query, kv=kv, beside=hidden),
         draw=peaks.code_logits(cells, shape.visual_codes, shape.hidden, s) + hidden, pairs=shape.head_dim // 2,

@@ -221,7 +221,7 @@ def anatomy(request: PlanRequest) -> Anatomy:
     spoken = flight * (shape.text_tokens + 2) * words if shape.special else 0  # a chunk's own special tokens before it
     traffic = 2 * (e + query) + 2 * (e + kv) + 2 * query + e + 2 * (e + shape.ffn) + 4 * query
     return Anatomy(
-        sizes=sizes, batch_latents=latents,
+        sizes=sizes, chunk_latents=latents, velocities=flight * shape.passes + 1,
         weights={"transformer": shape.weights + shared * words, **({} if vae is None else {"vae": s * vae.parameters})},
         encoder=shape.encoder_itemsize * shape.encoder_parameters,
         text=shape.text_tokens * (words + FP32 * shape.text_width) + spoken, decoder=0, latents=flight * latents,

@@ -106,14 +106,18 @@ def scoring(policy: KVPolicy, sizes: HistoryShape, query: int, pairs: int) -> in
     """What a policy makes of a layer's queries, of width `query`, and the keys of the past, within a forward."""
     if not isinstance(policy, FlowCacheKV | DeepForcing):
         return 0
-    capacity, heads, s = policy.capacity(sizes) or 0, sizes.kv_heads, sizes.itemsize
-    past = capacity - (sizes.live_chunks - 1) * sizes.chunk_tokens
+    heads, s = sizes.kv_heads, sizes.itemsize
+    if isinstance(policy, DeepForcing):
+        apart = policy.sink + policy.recent + 1
+    else:  # asked in advance, it goes on until the last chunk of the take is alone
+        apart = 1 if policy.queries == "last" else sizes.live_chunks - 1
+    past = max(0, (policy.capacity(sizes) or 0) - apart * sizes.chunk_tokens)  # what is chosen from
     keys, whole = past * heads * sizes.head_dim * s, past * heads * sizes.head_dim * FP32
     wide = 0 if s == FP32 else whole
     chosen = phases(past * heads, pairs) + past * heads * 2 * 3 * 8 + keys  # places per head, before anything is scored
     if isinstance(policy, DeepForcing):
         return chosen
-    rows = max(1, min(sizes.chunk_tokens, TRANSIENT // (2 * FP32 * heads * past)))
+    rows = max(1, min(sizes.chunk_tokens, TRANSIENT // max(1, 2 * FP32 * heads * past)))
     logits = rows * (2 * FP32 * heads * past + 2 * FP32 * query)
     scored = logits + whole + wide + keys
     return scored if policy.queries == "last" else max(scored, chosen)

@@ -101,31 +101,34 @@ def read(path: Path, itemsize: int = 2) -> Ceilings:
     products, copies = data.get("gemm_tflops"), data.get("copy_gbs")
     by_dtype = products if isinstance(products, dict) else {"": products}
     wanted = {2: ("bfloat16", "float16"), 4: ("float32",)}.get(itemsize, ())
-    rates = {name: float(rate) for name, rate in by_dtype.items() if _rate(rate)}
+    rates = {name: rate for name, given in by_dtype.items() if (rate := _rate(given)) is not None}
     dtype = next((name for name in wanted if name in rates), max(rates, key=lambda name: rates[name], default=None))
-    if dtype is None and not _rate(copies):
+    if dtype is None and _rate(copies) is None:
         raise LongtakeError(f"{path}: has neither gemm_tflops nor copy_gbs; {advice}")
     source = " ".join(("measured:", path.name, dtype or "")).strip()
-    return Ceilings(None if dtype is None else rates[dtype], float(copies) if _rate(copies) else None, source)
+    return Ceilings(None if dtype is None else rates[dtype], _rate(copies), source)
 
 
-def _rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _rate(value: Any) -> float | None:
+    """A rate that was measured; None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    return None
 
 
 def predict(anatomy: Anatomy, forwards: Iterable[Forward], known: Ceilings | None) -> dict[str, Any]:
     """FLOPs, bytes and seconds of every chunk and of the take. Seconds are None where no ceiling is known."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chunk, made in by_chunk(iter(forwards)).items():
         flops = sum(anatomy.flops(f).total * f.count for f in made)
         moved = sum(anatomy.traffic(f) * f.count for f in made)
-        seconds = None
+        seconds: float | None = None
         if known is not None:
             seconds = sum(f.count * _least(anatomy.flops(f).total, anatomy.traffic(f), known) for f in made)
         rows.append(
             {"chunk": chunk, "forwards": sum(f.count for f in made), "flops": flops, "bytes": moved, "seconds": seconds}
         )
-    total = {key: sum(row[key] for row in rows) for key in ("forwards", "flops", "bytes")}
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("forwards", "flops", "bytes")}
     total["seconds"] = None if known is None else sum(row["seconds"] for row in rows)
     source = None if known is None else known.as_dict()
     return {"ceilings": source, "take": total, "last_chunk": rows[-1], "chunks": rows}

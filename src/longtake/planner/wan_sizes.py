@@ -97,7 +97,7 @@ class WanSizes(ModelShape):
         vae = self.vae
         width = 18 * d + 2 * self.ffn  # values that a token's matrix products and attentions read and write
         return Anatomy(
-            sizes=sizes, batch_latents=FP32 * self.channels * geometry.chunk_frames * h * w,
+            sizes=sizes, chunk_latents=FP32 * self.channels * geometry.chunk_frames * h * w,
             weights={"transformer": self.weights, **({} if vae is None else {"vae": s * vae.parameters})},
             encoder=self.encoder_itemsize * self.encoder_parameters, text=text * self.streams,
             decoder=None if vae is None else vae.decoder_state(geometry.height, geometry.width, s),
