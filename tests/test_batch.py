@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import longtake
 from longtake.cli import app
-from longtake.cluster.jobs import Job, read_lines
+from longtake.cluster.jobs import DEFAULT_MODEL, DEFAULT_SECONDS, Job, read_lines
 from longtake.cluster.making import RECORD, VIDEO
 from longtake.cluster.results import Results
+from longtake.commands import options
 from longtake.video import read_video
 from tests.serving import until
 
@@ -61,7 +62,7 @@ def test_every_good_line_is_made_and_every_bad_one_is_told_with_its_number(finis
 def test_a_result_is_the_take_that_the_library_makes_and_says_where_it_came_from(finished):
     _, out, _, _ = finished
     record = json.loads((out / "takes" / "square" / RECORD).read_text())
-    host = longtake.load("tiny-shapes", device="cpu")
+    host = longtake.load(record["model"], device="cpu")
     take = longtake.Session(host, longtake.SlidingWindow(6), prompt=SQUARE["prompt"], chunks=2)
     assert sum(len(chunk.frames) for chunk in take) == record["frames"]
     assert len(read_video(out / "takes" / "square" / VIDEO)) == record["frames"]
@@ -93,6 +94,7 @@ def test_options_say_what_lines_leave_out(tmp_path):
     file = write(
         tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a", "seconds": 2}, {"prompt": "a", "policy": "full"}
     )
+    assert (DEFAULT_MODEL, DEFAULT_SECONDS) == (options.DEFAULT_MODEL, options.DEFAULT_SECONDS)
     jobs = [line.job for line in read_lines(file, {"chunks": 3, "policy": "window", "seconds": None})]
     assert [(j.chunks, j.seconds) for j in jobs] == [(3, None), (None, 2.0), (3, None)]
     assert [j.policy for j in jobs] == ["window", "window", "full"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +30,14 @@ def connected(address: str | None = None, cpus: int | None = None, store_bytes: 
     Raises LongtakeError if Ray is not installed, or there is no cluster at the address.
     """
     own = address is None
+    before = signal.getsignal(signal.SIGTERM)
     with _on_loopback(own or str(address).rpartition(":")[0] in (LOOPBACK, "localhost")):
         ray = _imported()
         found = ray.is_initialized()
         told = None if found else _start(ray, address, cpus, store_bytes)
     try:
+        if told is not None:
+            _signals(_leave)  # in place of Ray's own handler, whose exit code is no shell's
         if own and told is not None and told.address_info["node_ip_address"] != LOOPBACK:
             raise LongtakeError(
                 "Ray was imported before and would listen on other addresses than loopback: import it later, or start "
@@ -41,6 +47,17 @@ def connected(address: str | None = None, cpus: int | None = None, store_bytes: 
     finally:
         if not found:
             ray.shutdown()
+            _signals(before)
+
+
+def _leave(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _signals(handler: Any) -> None:
+    """What SIGTERM does, where Python lets it be said."""
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def slots(ray: Any, wanted: int | None, device: str | None, threads: int | None) -> tuple[int, dict[str, float]]:

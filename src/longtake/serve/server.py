@@ -86,7 +86,7 @@ class JsonLines(logging.Formatter):
         entry: dict[str, Any] = {
             "time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage(),
         }  # fmt: skip
-        entry |= {key: value for key, value in vars(record).items() if key not in self._plain}
+        entry |= {key: value for key, value in vars(record).items() if key not in self._plain and key[0] != "_"}
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
