@@ -11,7 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from longtake import FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
+from longtake import FlowCacheKV, FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
 from longtake.reuse import FlowCacheReuse
 from longtake.samplers.chunked import Schedule
 from longtake.samplers.solvers import Euler
@@ -150,6 +150,22 @@ def test_any_number_of_frames(num_frames: int, spans: list[int]) -> None:
     assert all(bool(chunk.latents.isfinite().all()) for chunk in chunks)
 
 
+def test_three_windows_of_two_takes_with_reuse_and_a_compressed_past() -> None:
+    """The published fork runs one prompt at a time and ends after its first windows."""
+    options = {
+        "num_frames": 257, "guidance_scale": 1.0, "negative_prompt_embeds": None, "prompt_embeds": words(2),
+        "seed": [3, 4], "policy": FlowCacheKV(4),
+    }  # fmt: skip
+    reuse = FlowCacheReuse(9.0, "timestep", warmup=2, last="chunk", rescale="identity")
+    take = session(**options, reuse=reuse)
+    made = latents(take)
+    assert made.shape[2] == 65 and made.isfinite().all()
+    assert take.stats.reused == 13 * 3  # of 6 steps two are first, and one is last
+    for i in range(2):
+        alone = session(**(options | {"prompt_embeds": words(2)[i : i + 1], "seed": 3 + i}), reuse=reuse)
+        torch.testing.assert_close(latents(alone), made[i], rtol=0, atol=1e-4)
+
+
 def test_windows_that_do_not_divide_into_chunks() -> None:
     take = session(tiny_skyreels(), sampler=Stagger(6, 2, window=12, overlap=3), num_frames=101)
     assert [chunk.latents.shape[1] for chunk in take] == [5, 5, 2, 5, 4, 5]
@@ -219,6 +235,73 @@ def test_a_take_that_has_begun_takes_no_given_frames() -> None:
     next(take)
     with pytest.raises(LongtakeError, match="before its first chunk"):
         take.extend(torch.zeros(1, 4, 5, 4, 4))
+
+
+@pytest.mark.parametrize("residency", ["resident", "scratch"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_rewriting_the_past_under_its_own_prompt_changes_no_bit(at: int, residency: str) -> None:
+    """Chunks are in flight meanwhile, and stay as they are."""
+    options = {"residency": residency, "num_frames": 97, "keep_latents": True}
+    whole = latents(session(**options))
+    take = session(**options)
+    first = [next(take).latents for _ in range(at)]
+    assert take._staggered.live
+    assert take.rebuild() == at
+    assert torch.equal(torch.cat([*first, latents(take)], -3), whole)
+
+
+def test_a_prompt_may_rewrite_what_has_finished() -> None:
+    """What later chunks see of it then is a clean pass over its latents under the new prompt."""
+    runs = {}
+    for mode in ("keep", "recache"):
+        take = session(num_frames=97, keep_latents=True, guidance_scale=1.0, negative_prompt_embeds=None)
+        first = torch.cat([next(take).latents for _ in range(2)], -3)
+        take.set_prompt_embeds(words(seed=9), mode=mode)
+        take._obey()
+        runs[mode] = take
+    for block in (b.id for b in runs["keep"].history.table().blocks):
+        k = {mode: take.history.stores["cond"] for mode, take in runs.items()}
+        rows = {mode: store.held[(block, "full")].rows for mode, store in k.items()}
+        old, new = (k[mode].k[:, :, rows[mode]] for mode in runs)
+        assert (old[1:] - new[1:]).abs().max() > 1e-4  # the first layer's keys have not met the text yet
+    alone = session(num_frames=97, guidance_scale=1.0, prompt_embeds=words(seed=9), negative_prompt_embeds=None,
+                    sampler=Stagger(steps=6, lag=2))  # fmt: skip
+    alone.extend(first[None])  # given latents are written by the same pass
+    given = alone.history.stores["cond"]
+    for block in (0, 1):
+        made = runs["recache"].history.stores["cond"]
+        a, b = (store.k[:, :, store.held[(block, "full")].rows] for store in (given, made))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not torch.equal(*(latents(take) for take in runs.values()))
+
+
+@pytest.mark.parametrize("mode", ["flush", "cut"])
+def test_chunks_in_flight_do_not_lose_their_past(mode: str) -> None:
+    take = session(num_frames=97)
+    next(take)
+    with pytest.raises(LongtakeError, match="'keep' it or 'recache'"):
+        take.set_prompt_embeds(words(seed=9), mode=mode)
+
+
+def test_latents_are_kept_for_what_the_history_holds_counted_and_restored(tmp_path: Any) -> None:
+    host = tiny_skyreels(overlap=None)
+    options = {"policy": SlidingWindow(25, sink=5), "sampler": Stagger(steps=6, lag=3), "keep_latents": True}
+    take = session(host, **options)
+    for _ in range(8):
+        next(take)
+    held = {b.id for b in take.history.blocks}
+    kept = take._staggered.kept
+    assert set(kept) <= held and len(kept) >= 3
+    bare = session(host, **(options | {"keep_latents": False}))
+    for _ in range(8):
+        next(bare)
+    more = take.memory()["latents"] - bare.memory()["latents"]
+    assert more == sum(x.nbytes for x, _ in kept.values()) > 0
+    take.snapshot(tmp_path / "take.safetensors")
+    again = Session.restore(tmp_path / "take.safetensors", host)
+    for one in (take, again):
+        one.set_prompt_embeds(words(seed=9), mode="recache")
+    assert torch.equal(next(take).latents, next(again).latents)
 
 
 # --- prompts, callbacks -----------------------------------------------------------------------------------------------
