@@ -9,13 +9,10 @@ once the oldest chunk is nearly clean, a second pass that sees it alone is blend
 from __future__ import annotations
 
 import copy
-import html
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ftfy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +22,7 @@ from ...flops import FlopShape
 from ...geometry import Geometry
 from ...history import LayerView
 from ..base import Host, HostConfig, Pass, TextState
+from ..prompts import PromptReader
 from .model import MagiTransformer3DModel, chunk_positions
 from .schedule import MagiSettings, times
 from .text import MagiText, SpecialTokens, Texts
@@ -44,7 +42,7 @@ class Reading(TextState):
         return sum(t.nbytes for layer in self.kv for pair in layer for t in pair)
 
 
-class MagiHost(Host):
+class MagiHost(PromptReader, Host):
     """A `MagiTransformer3DModel` (4.5B base or distilled), its VAE, its T5 encoder and its special tokens.
 
     All but the transformer may be None: without a text encoder prompts are given as embeddings, without a VAE a session
@@ -97,33 +95,9 @@ class MagiHost(Host):
 
     # --- text -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise LongtakeError(
-                f"{self.name} has no text encoder (any more): pass prompt_embeds of shape [prompts, tokens, "
-                f"{self.transformer.config.caption_channels}], zeros for padding, or load with text_encoder='offload'"
-            )
-        tokens = self.tokenizer(
-            [clean(p) for p in prompts], padding="longest", max_length=self.texts.limit, truncation=True,
-            add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
-        with self.lock:
-            if self.after_encoding is not None:
-                self.text_encoder.to(self.device)
-            mask = tokens.attention_mask.to(self.text_encoder.device)
-            embeds = self.text_encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state.float()
-            return (embeds * mask.unsqueeze(-1)).to(self.device)
-
-    def prompts_encoded(self) -> None:
-        if self.text_encoder is None or self.after_encoding not in ("offload", "free"):
-            return
-        if self.after_encoding == "free":
-            self.text_encoder = None
-        elif self.device.type != "cpu":
-            self.text_encoder.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        shape = f"[prompts, tokens, {self.transformer.config.caption_channels}], zeros for padding"
+        return self.read(prompts, padding="longest", limit=self.texts.limit, dtype=torch.float32, instead=shape)
 
     def text_state(self, embeds: Tensor) -> MagiText:
         if embeds.shape[-1] != self.transformer.config.caption_channels:
@@ -288,12 +262,6 @@ def host_config(settings: MagiSettings, run: dict[str, Any] | None = None) -> Ho
         training_frames=chunk * (max(ranges) if ranges else settings.window_size + 1),
         window=chunk * max(ranges) if ranges else None, sink=0, kv_ranges="/".join(map(str, ranges)),
     )  # fmt: skip
-
-
-def clean(prompt: str) -> str:
-    """Mended unicode, HTML unescaped twice, single spaces."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
 
 
 __all__ = ["MagiHost", "MagiSettings", "Reading", "host_config", "times"]
