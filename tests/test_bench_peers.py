@@ -118,7 +118,8 @@ def test_every_peer_has_its_pair_or_a_reason(by_tokens):
     assert Missing("gpu-wan-1.3b", "needs a cuda device, this run was on cpu") in by_tokens.missing
     for pair in by_tokens.pairs:
         ratio = by_tokens.figure(f"{pair.peer}: peer / ours, whole")
-        assert ratio.n == 2 and ratio.values == tuple(a / b for a, b in zip(pair.theirs.whole, pair.ours.whole))
+        both = zip(pair.theirs.whole, pair.ours.whole, strict=True)
+        assert ratio.n == 2 and ratio.values == tuple(a / b for a, b in both)
         assert len(pair.theirs.seconds) == len(pair.ours.seconds) == 2
     assert {"growing", "shifted", "skyreels", "scoring"} <= {p.peer for p in by_tokens.pairs}, by_tokens.missing
 

@@ -27,7 +27,6 @@ WanShape = Annotated[str, Option(help="cpu-small, gpu-wan-1.3b, or cpu-micro to 
 FOLDER = Path("benchmarks")
 
 
-
 class Suite(Commands):
     """A group that answers with what it has when nothing is asked of it."""
 

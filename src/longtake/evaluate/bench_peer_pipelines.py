@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class AnyFlow:
         marks = [self.clock.now()]
         self.video()
         marks += self.finished
-        seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        seconds = [b - a for a, b in pairwise(marks)]
         flops, attended = zip(*(self.cost(i) for i in range(len(seconds))), strict=True)
         return Account(seconds, list(attended), list(flops))
 
@@ -141,7 +142,7 @@ def _through_sdpa(model: Any) -> None:
 
     held: list[tuple[BlockMask, Tensor]] = []
 
-    class ThroughSDPA(AnyFlowCausalAttnProcessor):  # type: ignore[misc]
+    class ThroughSDPA(AnyFlowCausalAttnProcessor):
         _attention_backend = "native"
         _SUPPORTED_BACKENDS = ("native",)
 

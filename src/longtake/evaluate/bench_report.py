@@ -8,6 +8,7 @@ documents come with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -198,7 +199,7 @@ class Report:
 KEPT = {True: "kept", False: "**not kept**", None: "not judged"}
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Markdown."""
     line = lambda cells: f"| {' | '.join(cells)} |".replace("|  |", "| |")
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])

@@ -56,5 +56,5 @@ def draw(report: TakeReport) -> bytes:
     right.set(title="of it outside the model's forwards", xlabel="chunk", ylabel="ms per chunk")
     from_zero(left, right)
     repeats = report.settings["repeats"]
-    runs = f"median and range of {repeats} runs" if repeats > 1 else "one run"
-    return png(figure, f"{report.caption()}: {runs}")
+    how = f"median and range of {repeats} runs" if repeats > 1 else "one run"
+    return png(figure, f"{report.caption()}: {how}")
