@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -127,9 +128,7 @@ def run(
     if seeds and model is None:
         raise LongtakeError(f"{seeds} seeds need a model to judge: give --model, or --seeds 0")
     trained = None if model is None else _trained(model, where)
-    with staged(
-        where, dtype or shape.dtype, threads=threads, force=force, command=command, progress=progress
-    ) as stage:
+    with staged(where, dtype or shape.dtype, threads=threads, force=force, command=command, progress=progress) as stage:
         settings = stage.settings | {"rounds": rounds, "seeds": seeds, "seed": seed, "model": model, "repeats": REPEATS}
         report = FlowCacheReport(shape=asdict(shape), settings=settings, **stage.head)
         report.missing = stage.others(SHAPES)
@@ -179,7 +178,8 @@ def _speed(report: FlowCacheReport, host: SkyReels, ways: list[Arm], embeds: Ten
             host, arm.policy, reuse=arm.reuse, prompt_embeds=embeds, seed=report.settings["seed"], decode=False,
             num_frames=geometry.pixel_frames(frames), sampler=arm.sampler(host), guidance_scale=1.0,
         )  # fmt: skip
-        ran[arm.name] = seen = Counter()
+        seen: Counter[tuple[int, int]] = Counter()
+        ran[arm.name] = seen
         session.history.probe = lambda stream, block, write, layers: seen.update(
             [(layers[0].k_live.shape[1], layers[0].k.shape[1])]
         )
@@ -188,7 +188,7 @@ def _speed(report: FlowCacheReport, host: SkyReels, ways: list[Arm], embeds: Ten
         return seconds
 
     work: dict[str, Callable[[], float]] = {PIPELINE: lambda: clock.seconds(lambda: call(host.config.steps))}
-    work |= {arm.name: lambda arm=arm: take(arm) for arm in ways}
+    work |= {arm.name: partial(take, arm) for arm in ways}
     order = list(work)
     for number in range(rounds):
         for done, name in enumerate(order[number % len(order) :] + order[: number % len(order)]):
@@ -252,7 +252,7 @@ def _pipeline(host: SkyReels) -> Any:
     )
     pipe: Any = SkyReelsV2DiffusionForcingPipeline(
         tokenizer=None, text_encoder=None, transformer=host.transformer, vae=host.vae, scheduler=scheduler
-    )  # type: ignore[arg-type]
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

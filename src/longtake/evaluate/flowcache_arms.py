@@ -45,12 +45,11 @@ def arms(host: Host, geometry: Geometry, frames: int) -> list[Arm]:
     sampler = Stagger.of(host.config)
     share = lambda policy: skipped(policy, host, geometry, frames, sampler)
     found = [Arm("none")]
+    flow = lambda threshold: FlowCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
+    tea = lambda threshold: TeaCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
     for speed, target in SKIPPED.items():
-        flow = lambda threshold: FlowCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
-        threshold = calibrated(lambda at, flow=flow: share(flow(at)), target)
-        chunkwise = flow(threshold)
-        tea = lambda threshold: TeaCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
-        joint = tea(calibrated(lambda at, tea=tea: share(tea(at)), share(chunkwise)))
+        chunkwise = flow(calibrated(lambda at: share(flow(at)), target))
+        joint = tea(calibrated(lambda at: share(tea(at)), share(chunkwise)))
         found += [
             Arm(f"flowcache {speed}", chunkwise),
             Arm(f"flowcache {speed}, carry update", replace(chunkwise, carry="update")),

@@ -88,7 +88,7 @@ def _continued(host: Host, arm: Arm, scene: lanes.Scene, seed: int, given: objec
 
 def _frames(take: Session) -> np.ndarray:
     """uint8 [T, H, W, 3] of all that is generated."""
-    return np.concatenate([chunk.frames.numpy() for chunk in take])
+    return np.concatenate([np.asarray(chunk.frames) for chunk in take])
 
 
 def _verdicts(host: Host, scene: lanes.Scene, video: np.ndarray) -> list[readback.Verdict]:

@@ -102,13 +102,20 @@ class FlowCacheReport(Report):
             rows = [row for row in self.speed if row.model == model]
             by = {row.arm: row for row in rows}
             times = lambda arm, row, by=by: f"{by[arm].median / row.median:.2f} ×" if arm in by else ""
-            cells = [
+            cells: list[tuple[str, ...]] = [
                 (row.arm, f"{row.median:.3g} s", "" if row.skipped is None else f"{row.skipped:.0%}",
                  times(PIPELINE, row), times("none", row),
                  "" if row.predicted is None else f"{row.predicted / row.median - 1:+.1%}")
                 for row in rows
             ]  # fmt: skip
-            head = (model, "take", "steps reused", "vs diffusers", "vs none", "forwards by shape, less measured")
+            head: tuple[str, ...] = (
+                model,
+                "take",
+                "steps reused",
+                "vs diffusers",
+                "vs none",
+                "forwards by shape, less measured",
+            )
             tables.append(table(head, cells))
         if self.quality:
             cells = [

@@ -77,7 +77,8 @@ def _any_of(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
 
 def _of(kind: type, value: Any, place: str) -> Any:
     if type(value) is not kind:  # exactly: True is no number here
-        _refuse(place, {dict: "an object", list: "a list", str: "a text"}.get(kind, kind.__name__), value)
+        words: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+        _refuse(place, words.get(kind, kind.__name__), value)
     return value
 
 

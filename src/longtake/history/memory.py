@@ -68,7 +68,8 @@ class Memory:
         self._unpacked(self.v[layer].index_select(1, rows), self.v_scale[layer].index_select(1, rows), v)
 
     def show(self, layer: int, rows: Tensor, phases: Tensor, rotary: RotaryTable, k: Tensor, v: Tensor) -> None:
-        """Rows [n] or [B, n], keys turned by phases [n, P, 2] or [B, n, 1, P, 2], into k and v [B, n, H, D]; a kernel."""
+        """Rows [n] or [B, n], keys turned by phases [n, P, 2] or [B, n, 1, P, 2], into k and v [B, n, H, D], with a
+        kernel."""
         keys, k_scale = self._raw("k", layer)
         values, v_scale = self._raw("v", layer)
         gather_rotate(keys, k_scale, rows, phases, rotary, k)

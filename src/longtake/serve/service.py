@@ -225,9 +225,7 @@ class Service:
             worker.wake(take)
             take.touch()
             mime = take.channel.mime if kind == "mp4" else "image/jpeg"
-            take.channel.attach(
-                viewer, Welcome(session=take.info(), format=kind, mime=mime, timeline=take.timeline)
-            )
+            take.channel.attach(viewer, Welcome(session=take.info(), format=kind, mime=mime, timeline=take.timeline))
 
         await _wait(worker.call(attach))
         return take, viewer

@@ -191,4 +191,3 @@ def _alive(process: str) -> bool:
     except (ValueError, OSError):  # somebody else's
         return True
     return True
-

@@ -1,16 +1,16 @@
 """What a comparison of free takes is made of, from a YAML file or from options:
 
-    models: [tiny-wan]
-    policies: [full, window, "window:frames=9,sink=0"]
-    budgets: [9, 15]                 # latent frames of full K/V that every policy is fitted to; none: as they are
-    reuse: [none, "flowcache:slow"]
-    prompts: [a red ball bouncing]   # or the name of a text file, one prompt a line
-    seeds: 3                         # 0, 1, 2; or a list
-    seconds: [5, 20]                 # and / or `chunks`
-    size: 832x480
-    steps: 4
-    guidance: 1
-    negative: blurred
+models: [tiny-shapes]
+policies: [full, window, "window:frames=9,sink=0"]
+budgets: [9, 15]                 # latent frames of full K/V that every policy is fitted to; none: as they are
+reuse: [none, "flowcache:slow"]
+prompts: [a red ball bouncing]   # or the name of a text file, one prompt a line
+seeds: 3                         # 0, 1, 2; or a list
+seconds: [5, 20]                 # and / or `chunks`
+size: 832x480
+steps: 4
+guidance: 1
+negative: blurred
 """
 
 from __future__ import annotations

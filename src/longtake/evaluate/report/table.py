@@ -71,9 +71,9 @@ def _cell(value: Any, span: tuple[float, float] | None, column: Column) -> str:
 
 def _best(rows: Sequence[dict[str, Any]], column: Column) -> float | None:
     """The best mean, if there are two to choose from; controls are out of the race."""
-    values = [row.get(column.key) for row in rows if not row.get("control")]
-    means = [value["mean"] if is_estimate(value) else value for value in values]
-    means = [mean for mean in means if isinstance(mean, int | float)]
+    values: list[Any] = [row.get(column.key) for row in rows if not row.get("control")]
+    told = [value["mean"] if is_estimate(value) else value for value in values]
+    means: list[float] = [mean for mean in told if isinstance(mean, int | float)]
     if not column.better or len(set(means)) < 2:
         return None
     return {"higher": max(means), "lower": min(means), "near 0": min(means, key=abs)}[column.better]
