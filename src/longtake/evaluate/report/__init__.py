@@ -1,6 +1,5 @@
 """What a comparison found, as one HTML file that needs nothing else: see `page`."""
 
 from .page import page
-from .world import markdown
 
-__all__ = ["markdown", "page"]
+__all__ = ["page"]

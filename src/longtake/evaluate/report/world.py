@@ -107,29 +107,6 @@ def _versus(row: dict[str, Any], column: Column) -> str | None:
     )
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """A table for a README: the columns that matter most."""
-    columns = COLUMNS[table["protocol"]][:5]
-    lines = [
-        "| arm | " + " | ".join(column.title for column in columns) + " | attended tokens | device MiB | all MiB |",
-        "|---" * (len(columns) + 4) + "|",
-    ]
-    for row in table["rows"]:
-        cells = [_plain(row.get(column.key)) for column in columns]
-        held = [f"{row[key] / 2**20:.2f}" for key in ("device_bytes", "total_bytes")]
-        lines.append(f"| {row['arm']} | {' | '.join([*cells, str(row['attended_tokens']), *held])} |")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    if value is None or (isinstance(value, dict) and not value.get("n")):
-        return "—"
-    if isinstance(value, dict):
-        low, high = value["ci95"]
-        return f"{value['mean']:.3g} [{low:.3g}, {high:.3g}]"
-    return str(value)
-
-
 def _admission(admitted: dict[str, bool]) -> str:
     titles = {name: name.replace("_", " ") for name in admitted}
     good = [titles[name] for name, yes in admitted.items() if yes]
