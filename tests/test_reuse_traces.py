@@ -98,7 +98,7 @@ def test_streaming_needs_a_fraction_of_the_memory_of_whole_matrices():
 
 def test_the_benchmark_reports_and_checks(tmp_path):
     found = run("micro", pairs=2, device="cpu", dtype="float32", force=True, progress=lambda *_: None)
-    (path,) = found.write(tmp_path)
+    path = found.write(tmp_path, "kv")[0]
     told = json.loads(path.read_text())
     assert told["common_survivors"] == 1.0 and set(told["transient_bytes"]) == {"streamed", "explicit"}
     assert [f["name"] for f in told["figures"]][-1] == "explicit / streamed" and "GB above" in found.text()

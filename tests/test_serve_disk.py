@@ -81,7 +81,9 @@ def begun(client) -> tuple[str, int]:
     name = client.create(PROMPT, seed=7, pace="free", num_inference_steps=1)["id"]
     until(lambda: client.session(name)["chunk"] >= 2)
     client.steer(name, type="pause")
-    return name, client.session(name)["chunk"]
+    at = client.session(name)["chunk"]
+    until(lambda: client.session(name)["frames"] == 12 * at - 3)  # the encoder is behind
+    return name, at
 
 
 def goes_on(client, host, state: Path, name: str, at: int) -> None:

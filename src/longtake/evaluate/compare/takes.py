@@ -192,4 +192,5 @@ def replayed(host: Host, folder: Path) -> Iterator[np.ndarray]:
     lengths = [chunk["latent_frames"] for chunk in json.loads((folder / CHUNKS).read_text(encoding="utf-8"))]
     for part in latents.split(lengths, 2):
         with torch.no_grad(), host.lock:
-            yield decoder.push(part)[0].cpu().numpy()
+            frames = decoder.push(part)[0].cpu().numpy()
+        yield frames  # outside: whoever iterates has gradients, and the model, as before
