@@ -18,7 +18,6 @@ import longtake
 from longtake import FullHistory, LongtakeError, SlidingWindow, policies
 from longtake.cli import app
 from longtake.compressors import DualBranch
-from longtake.evaluate import report
 from longtake.evaluate.compare import arms as arm_names
 from longtake.evaluate.compare import footage as footage_module
 from longtake.evaluate.compare import runner, statistics, summary
@@ -26,6 +25,7 @@ from longtake.evaluate.compare.arms import Arm, arms, controls, every
 from longtake.evaluate.compare.cells import Cell, Store, fingerprint
 from longtake.evaluate.compare.course import comings, course
 from longtake.evaluate.compare.footage import Footage, probes
+from longtake.evaluate.compare.markdown import markdown
 from longtake.evaluate.compare.picture import off_actor_ssim, psnr, slopes
 from longtake.evaluate.compare.protocols import Setting, fork, held, run
 from longtake.evaluate.metrics.likeness import ssim_map
@@ -433,7 +433,8 @@ def test_every_policy_runs_at_every_budget(model, tmp_path, monkeypatch):
     assert len(failed) == len(absent), failed
     made = summary.summarise(todo, store, runner.training_frames(plan))
     assert len(made["tables"][0]["rows"]) == len(todo) - len(absent)
-    assert len(report.markdown(made["tables"][0]).splitlines()) == 2 + len(todo) - len(absent)
+    table = markdown({"tables": made["tables"], "command": "longtake compare", "origin": {}}).partition("\n\n`")[0]
+    assert len(table.splitlines()) == 4 + len(todo) - len(absent)
     assert not absent, failed
 
 
