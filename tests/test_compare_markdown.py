@@ -12,6 +12,7 @@ def row(name: str, budget: int | None, mean: float, control: str = "") -> dict:
     estimate = {"n": 30, "mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
     return {
         "name": name, "control": control, "budget": budget, "events": 30, "attended_tokens": 192,
+        "device_bytes": 2**20, "total_bytes": 2**21, "recall_colour_by_gap": {"8": {**estimate, "n": 9}},
         "recall_colour": estimate, "recall_colour_repainted": {"n": 0, "mean": None, "ci95": None},
     }  # fmt: skip
 
@@ -39,6 +40,8 @@ def test_a_block_is_filled_from_the_summary_and_again_is_the_same(folder):
     )
     assert "| *truth* |  | 30 | 1.00 [0.90, 1.10] |" in filled and "old" not in filled
     assert "`tiny`, protocol A" in filled and "`longtake compare -o runs/x`: 2026-11-21, commit 0123456789." in filled
+    assert "| colour recalled at gap | 8 |" in filled and "| `window` | 0.50 [0.40, 0.60] of 9 |" in filled
+    assert "| 192 | 1.0 | 2.0 |" in filled
     assert fill(filled, folder) == filled
 
 

@@ -50,15 +50,32 @@ def _table(table: dict[str, Any], brief: bool) -> str:
     rows = [row for row in table["rows"] if not brief or _chosen(row, table["rows"])]
     lines = [
         f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",
-        "| policy | budget, KiB | returns | " + " | ".join(title for _, title in columns) + " | tokens attended |",
-        "|---|---|---|" + "---|" * (len(columns) + 1),
+        "| policy | budget, KiB | returns | " + " | ".join(title for _, title in columns)
+        + " | tokens attended | MiB on the device | MiB in all |",
+        "|---|---|---|" + "---|" * (len(columns) + 3),
     ]  # fmt: skip
     for row in rows:
         name = f"*{row['name']}*" if row["control"] else f"`{row['name']}`"
         budget = "" if row["budget"] is None else f"{row['budget'] // 1024}"
-        cells = [_estimate(row.get(key)) for key, _ in columns]
-        lines.append(f"| {name} | {budget} | {row['events']} | {' | '.join(cells)} | {row['attended_tokens']} |")
-    return "\n".join(lines)
+        cells = [_estimate(row.get(key), row["events"]) for key, _ in columns]
+        cells += [str(row["attended_tokens"]), *(f"{row[key] / 2**20:.1f}" for key in ("device_bytes", "total_bytes"))]
+        lines.append(f"| {name} | {budget} | {row['events']} | {' | '.join(cells)} |")
+    return "\n".join(lines if brief else [*lines, *_by_gap(table["rows"])])
+
+
+def _by_gap(rows: list[dict[str, Any]]) -> list[str]:
+    """Colour recalled over the gap, of every policy at its largest budget."""
+    found = {row["name"]: row["recall_colour_by_gap"] for row in rows if "recall_colour_by_gap" in row}
+    gaps = sorted({gap for row in found.values() for gap in row}, key=int)
+    if not gaps:
+        return []
+    lines = ["", "| colour recalled at gap | " + " | ".join(gaps) + " |", "|---|" + "---|" * len(gaps)]
+    for row in rows:
+        if row["control"] or not _chosen(row, rows):
+            continue
+        cells = [_estimate(row["recall_colour_by_gap"].get(gap), row["events"]) for gap in gaps]
+        lines.append(f"| `{row['name']}` | {' | '.join(cells)} |")
+    return lines
 
 
 def _chosen(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
@@ -66,11 +83,12 @@ def _chosen(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     return (row["budget"] or 0) == largest(row["name"])
 
 
-def _estimate(found: dict[str, Any] | None) -> str:
+def _estimate(found: dict[str, Any] | None, events: int) -> str:
+    """Mean and interval; with how many events, where it is not of all of them."""
     if not found or found.get("mean") is None:
         return ""
     low, high = found["ci95"]
-    return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]" + (f" of {found['n']}" if found["n"] != events else "")
 
 
 def _origin(summary: dict[str, Any]) -> str:
