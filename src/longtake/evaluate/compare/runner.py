@@ -77,7 +77,7 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
         if host.config.world != WORLD or not has_codec(host):
             raise LongtakeError(
                 f"{model} was not trained on the procedural world, so there is no ground truth to read it against: "
-                "give a folder that `longtake train tiny-wan` wrote"
+                "give tiny-wan, tiny-wan-long, or a folder that `longtake train tiny-wan` wrote"
             )
         shape = shape_of(host)
         budgets = plan.budgets or default_budgets(host.config)
