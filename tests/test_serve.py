@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import longtake
-from longtake.serve.client import ServerError
+from longtake.serve.client import Client, ServerError
 from tests.serving import OTHER, PROMPT, collect, decoded, serving, until
 
 
@@ -130,6 +130,8 @@ def test_seek_goes_back_to_a_snapshot_and_the_same_frames_follow(client):
         _, first = collect(stream, 9)
         client.steer(name, type="pause")
         until(lambda: client.session(name)["state"] == "paused")
+        chunks = client.session(name)["chunk"]
+        until(lambda: client.session(name)["frames"] == 12 * chunks - 3)  # the encoder is behind
         made = client.session(name)
         assert client.steer(name, type="seek", snapshot=saved["id"]) == {"chunk": 0}
         assert client.session(name)["chunk"] == 0 and client.session(name)["frames"] == made["frames"]
@@ -284,3 +286,11 @@ def test_deleting_a_session_leaves_nothing(client, server):
     assert error.value.status == 404
     assert not (server[1].service.settings.state / session["id"]).exists()
     assert server[1].service.workers[0].ledger.of(session["id"]) == 0
+
+
+def test_a_client_without_a_server_says_so_in_one_line():
+    client = Client("http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(longtake.LongtakeError, match="no server answers at"):
+        client.sessions()
+    with pytest.raises(longtake.LongtakeError, match="no stream of session 'x' at"), client.watch("x"):
+        pass

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
@@ -104,8 +105,9 @@ class Client:
         except HTTPError as error:
             with error:
                 raise ServerError(error.code, _problem(error.read())) from None
-        except URLError as error:
-            raise LongtakeError(f"no server answers at {self.url}: {error.reason}") from error
+        except (OSError, HTTPException) as error:  # URLError is an OSError
+            reason = getattr(error, "reason", error)
+            raise LongtakeError(f"no server answers at {self.url}: {reason}") from error
 
 
 class Stream:
@@ -118,12 +120,16 @@ class Stream:
         self.welcome: dict[str, Any] = {}
 
     def __enter__(self) -> Stream:
+        from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
 
         parts = urlsplit(self._client.url)
         scheme = "wss" if parts.scheme == "https" else "ws"
         address = f"{scheme}://{parts.netloc}{parts.path}{self._client._path(self._name, 'watch')}"
-        self.socket = connect(address, max_size=None, compression=None, open_timeout=self._client.timeout)
+        try:
+            self.socket = connect(address, max_size=None, compression=None, open_timeout=self._client.timeout)
+        except (OSError, WebSocketException) as error:
+            raise LongtakeError(f"no stream of session {self._name!r} at {self._client.url}: {error}") from error
         hello = {"type": "hello", "version": VERSION, "token": self._client.token, "format": self._format}
         self.socket.send(json.dumps(hello))
         first = json.loads(self.socket.recv(timeout=self._client.timeout))
