@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,6 +74,7 @@ def serve(
     shell.check_choice(dtype, "--dtype", options.DTYPES)
     if not 0 <= port < 65536 or snapshot_every < 1 or idle < 0 or ttl <= 0 or sessions_per_token < 1:
         raise LongtakeError("--port is 0 to 65535, --snapshot-every and --sessions-per-token at least 1, --ttl above 0")
+    _check_free(host, port)
     budget = None if memory is None else shell.parse_bytes(memory)
     disk = shell.parse_bytes(disk_per_token)
     try:
@@ -141,3 +143,17 @@ def _load(sources: dict[str, str], device: str | None, dtype: str | None) -> dic
         found[name] = load_host(source, device, dtype, None, "keep" if device == "cpu" else "offload")
         check_host(found[name], True, None, None)
     return found
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises LongtakeError, before a model is loaded, if nothing can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise LongtakeError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}): is another server there? "
+            "Use another --port"
+        ) from error
