@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import LongtakeError
 from ..evaluate.compare.executor import Executor, Job, Prepare, know
 from ..evaluate.compare.writing import StoreError
+from .connecting import first_line
 
 ATTEMPTS = 3  # workers that may die of one job
 
@@ -76,7 +77,7 @@ class OnRay(Executor):
                         else:
                             yield job, f"its worker died, {ATTEMPTS} times, perhaps for want of memory"
                         if lost > ATTEMPTS * self._count:
-                            raise LongtakeError(f"workers die one after the other: {_first_line(error)}") from error
+                            raise LongtakeError(f"workers die one after the other: {first_line(error)}") from error
                         if group:
                             waiting.appendleft(group)
                         continue
@@ -96,7 +97,7 @@ class OnRay(Executor):
         try:
             seen = self._ray.get(worker.can_see.remote(self._folder))
         except self._ray.exceptions.RayError as error:
-            raise LongtakeError(f"a worker cannot begin: {_first_line(error)}") from error
+            raise LongtakeError(f"a worker cannot begin: {first_line(error)}") from error
         if not seen:
             raise LongtakeError(f"a worker of this Ray does not see {self._folder}: give --out on a shared disk")
         return worker
@@ -104,7 +105,3 @@ class OnRay(Executor):
     def _begin(self, worker: Any, group: deque[tuple[Job, int]], turns: dict[Any, Any]) -> None:
         job, attempt = group.popleft()
         turns[worker.do.remote(pickle.dumps(job.work))] = worker, group, job, attempt
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())

@@ -87,7 +87,7 @@ def _start(ray: Any, address: str | None, cpus: int | None, store_bytes: int) ->
     try:
         return ray.init(address=address or "local", **options)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, its own kinds
-        raise LongtakeError(f"no Ray at {address or 'loopback'}: {_first_line(error)}") from error
+        raise LongtakeError(f"no Ray at {address or 'loopback'}: {first_line(error)}") from error
 
 
 def _imported() -> Any:
@@ -113,5 +113,6 @@ def _on_loopback(wanted: bool) -> Iterator[None]:
             os.environ[_CLUSTERS] = before
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """The first line of what Ray says; the rest are traces of its workers."""
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())

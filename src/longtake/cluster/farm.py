@@ -15,6 +15,7 @@ from typing import Any
 from .. import __version__
 from ..errors import LongtakeError
 from .batch import Outcome, made
+from .connecting import first_line
 from .jobs import Line
 from .making import Maker
 from .results import Results
@@ -91,7 +92,7 @@ class Farm:
         except self._ray.exceptions.RayActorError as error:
             self._deaths += 1
             if not self._proven and self._deaths >= ATTEMPTS:
-                raise LongtakeError(f"workers die before they make anything: {_first_line(error)}") from error
+                raise LongtakeError(f"workers die before they make anything: {first_line(error)}") from error
             if turn.attempt < ATTEMPTS:
                 return None
             problem = f"its worker died, {ATTEMPTS} times; the memory of the workers' machine is a usual reason"
@@ -100,7 +101,7 @@ class Farm:
             self._idle.append(turn.worker)
             if turn.attempt < ATTEMPTS:
                 return None
-            return Outcome(turn.line.number, "failed", job.name, _first_line(error), attempts=turn.attempt)
+            return Outcome(turn.line.number, "failed", job.name, first_line(error), attempts=turn.attempt)
         self._idle.append(turn.worker)
         if "problem" in told:
             return Outcome(turn.line.number, "failed", job.name, told["problem"], attempts=turn.attempt)
@@ -116,7 +117,3 @@ class Farm:
         except LongtakeError as error:
             return Outcome(turn.line.number, "failed", job.name, str(error), attempts=turn.attempt)
         return made(turn.line, record, first, turn.attempt)
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
