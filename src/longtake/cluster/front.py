@@ -8,7 +8,6 @@ bytes. A worker that dies is started again by Ray, on any machine that sees the 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from ..errors import LongtakeError
 from ..serve.access import Rate
 from ..serve.errors import NoRoom, Refused
 from ..serve.metrics import Metrics
+from ..serve.parking import own_folder
 from ..serve.protocol import Fork, ModelInfo, NewSession, SessionInfo
 from ..serve.settings import Settings
 from .agent import Agent, Status, refusal
@@ -78,7 +78,7 @@ class Front:
         self._homes: dict[str, tuple[_Worker, str]] = {}  # session → worker, owner
         self._workers: list[_Worker] = []
         share = share | self._bytes(budget, share, count)
-        self._lock = _own(settings.state)
+        self._lock = own_folder(settings.state)
         self._closed = threading.Event()
         folders = [settings.state / f"worker-{i:03d}" for i in range(count)]
         _distribute(settings.state, folders)
@@ -355,22 +355,6 @@ class Front:
         for worker in self._workers:
             self._ray.kill(worker.handle)
         os.close(self._lock)
-
-
-def _own(state: Path) -> int:
-    """The state folder for this server alone. Raises LongtakeError."""
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state.chmod(0o700)
-        descriptor = os.open(state / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise LongtakeError(f"state folder {state} cannot be used: {error}; give another with --state") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise LongtakeError(f"state folder {state} belongs to a running server: give another (--state)") from None
-    return descriptor
 
 
 def _distribute(state: Path, folders: Sequence[Path]) -> None:

@@ -12,6 +12,7 @@ that at every moment either the old or the new one is there. Everything is for t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -306,6 +307,23 @@ def replayable(session: Session) -> bool:
 
 def noise_state(session: Session) -> list[Tensor]:
     return session.noise.state() if isinstance(session.noise, NoiseSource) else []
+
+
+def own_folder(state: Path) -> int:
+    """Make the folder of a server's sessions, for its owner alone, and hold it: two servers must not write the same
+    sessions. The descriptor to close in the end. Raises LongtakeError."""
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state.chmod(0o700)
+        descriptor = os.open(state / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LongtakeError(f"state folder {state} cannot be used: {error}; give another with --state") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise LongtakeError(f"state folder {state} belongs to a running server: give another (--state)") from None
+    return descriptor
 
 
 def private_folder(folder: Path) -> None:

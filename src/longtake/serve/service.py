@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import secrets
@@ -23,7 +22,7 @@ from .access import Rate
 from .errors import NoRoom, Refused
 from .metrics import Metrics
 from .naming import policy_named, reuse_named
-from .parking import Place, private_folder
+from .parking import Place, own_folder, private_folder
 from .pictures import first_image
 from .protocol import Bye, Changed, Fork, ModelInfo, NewSession, SessionInfo, SetPrompt, Welcome
 from .scheduler import Worker
@@ -48,7 +47,7 @@ class Service:
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._rate = Rate(settings.creations_per_minute)
         self._lock = threading.Lock()
-        self._folder_lock = self._own_folder()
+        self._folder_lock = own_folder(self.settings.state)
         metrics.add(self._gauges)
         self._find_sessions()
         for worker in workers:
@@ -347,22 +346,6 @@ class Service:
         used = sum(take.place.size for take in list(self.takes.values()) if take.owner == owner)
         if used > self.settings.disk_bytes_per_token:
             raise Refused(507, "disk_quota", f"your sessions take {used} bytes on disk: delete some, or snapshots")
-
-    def _own_folder(self) -> int:
-        """Two servers must not write the same sessions."""
-        folder = self.settings.state
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise LongtakeError(f"state folder {folder} cannot be used: {error}; give another with --state") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise LongtakeError(f"state folder {folder} belongs to a running server: give another (--state)") from None
-        return descriptor
 
     def _find_sessions(self) -> None:
         """What an earlier process left, whether it ended well or was killed."""
