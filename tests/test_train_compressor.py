@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,37 @@ def test_a_few_steps_of_distillation_lower_the_loss():
     after = trainer.judge(2)
     assert after["low_resolution_alone"] == before["low_resolution_alone"]
     assert after["trained"] < 0.98 * before["trained"]
+
+
+class Shelf:
+    """Films that are noise: what a library of the world would draw."""
+
+    films = 10**6
+
+    def draw(self, rng, batch, chunks):
+        latents = torch.from_numpy(rng.standard_normal((batch, 4, 3 * chunks, 8, 8))).float()
+        return SimpleNamespace(latents=latents, captions=["a ball"] * batch)
+
+    def grow(self, films):
+        pass
+
+
+def test_films_are_remembered_instead_of_what_was_rolled_out(monkeypatch):
+    trainer = Trainer(host_of(), recipe(), text(2))
+    monkeypatch.setattr(trainer.host, "encode_prompt", lambda prompts: text(len(prompts)), raising=False)
+    trainer.films, seen = Shelf(), []
+    commit = Rollout.commit
+    monkeypatch.setattr(Rollout, "commit", lambda self, x0: (seen.append(x0), commit(self, x0)))
+    loss, _ = trainer.loss(seed=0, steps=0)
+    assert len(seen) == 2 * 4 and all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert torch.cat(seen[::2], 2).shape == (1, 4, 12, 8, 8)
+    loss.backward()
+    assert trainer.compressor.proj_out.weight.grad.abs().max() > 0
+
+
+def test_films_are_for_models_of_the_world_and_for_self_distillation():
+    with pytest.raises(LongtakeError, match="not trained on the procedural world"):
+        Trainer(host_of(), recipe(past="films"), text(2))
 
 
 def test_distribution_matching_trains_the_compressor_and_the_critic_and_nothing_else(tmp_path):

@@ -244,4 +244,7 @@ Carry = Annotated[str, Option(help="How compressed tokens get their keys and val
 CompressedPositions = Annotated[
     str, Option("--positions", help="Where compressed tokens stand: midpoint, raster or phasor.")
 ]
+RolloutPast = Annotated[
+    str, Option("--past", help="What rollouts remember: own (their own chunks) or films (of the procedural world).")
+]
 LowBranch = Annotated[str, Option("--low", help="What the low-resolution branch pools: pixels or latents.")]

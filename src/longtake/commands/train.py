@@ -148,6 +148,7 @@ def compressor(
     carry: options.Carry = "blocks",
     positions: options.CompressedPositions = "midpoint",
     low: options.LowBranch = "pixels",
+    past: options.RolloutPast = "own",
     seed: options.TrainSeed = 0,
     device: options.TrainDevice = "cpu",
     threads: options.TrainThreads = None,
@@ -168,6 +169,7 @@ def compressor(
         raise LongtakeError(f"--rate {rate:g}: give a number above 0")
     if fake_score is not None and real_score is None:
         raise LongtakeError("--fake-score alone trains nothing: give --real-score too")
+    shell.check_choice(past, "--past", ("own", "films"))
     shell.check_threads(threads)
     shell.check_device(device)
     told = _lines(prompts) if prompts is not None else []
@@ -182,7 +184,7 @@ def compressor(
 
         recipe = Recipe(
             chunks=chunks, batch=batch, policy=policy, real=real_score, fake=fake_score, lora=lora_rank, rate=rate,
-            carry=carry, where=positions, low=low,
+            carry=carry, where=positions, low=low, past=past,
         )  # fmt: skip
         shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
         source = model or options.DEFAULT_MODEL

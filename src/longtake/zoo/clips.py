@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from longtake.zoo import lanes, tiny_vae
 
 CHUNK = 3  # latent frames
+CHUNKS = 7  # of a window
 HORIZON = 200  # latent frames of a trajectory of `long`
 WARM = 4  # latent frames encoded and thrown away before a piece that does not begin the take
 ROWS = lanes.LANE // 8  # latent rows of a lane
@@ -64,7 +65,7 @@ class Library:
                 self.shelf[kind][lane].append(strip)
             self.films += 1
 
-    def draw(self, rng: np.random.Generator, batch: int, chunks: int = 7) -> Batch:
+    def draw(self, rng: np.random.Generator, batch: int, chunks: int = CHUNKS) -> Batch:
         """`batch` windows of the last (of a middle) or first `chunks` chunks."""
         windows = [self._window(rng, chunks) for _ in range(batch)]
         stack = lambda k: torch.stack([window[k] for window in windows]).to(self.vae.device)  # type: ignore[misc]
@@ -101,9 +102,9 @@ class Library:
         times = [self._times(rng, kind, lane) for lane in scene.lanes]
         pieces = []  # each: first latent frame of every lane, latent frames, warm-up
         if kind == "start":
-            pieces = [([0] * lanes.LANES, 7 * CHUNK, 0)]
+            pieces = [([0] * lanes.LANES, CHUNKS * CHUNK, 0)]
         elif kind == "middle":
-            pieces = [([t[0] for t in times], 7 * CHUNK, WARM)]
+            pieces = [([t[0] for t in times], CHUNKS * CHUNK, WARM)]
         else:
             pieces = [([0] * lanes.LANES, CHUNK, 0)]
             pieces += [([t[i] for t in times], CHUNK, WARM) for i in (1, 2)]
@@ -120,10 +121,10 @@ class Library:
     def _times(self, rng: np.random.Generator, kind: str, lane: lanes.Lane | None) -> tuple[int, ...]:
         """First latent frame of every chunk of a window."""
         if kind == "start":
-            return tuple(range(0, 7 * CHUNK, CHUNK))
+            return tuple(range(0, CHUNKS * CHUNK, CHUNK))
         if kind == "middle":
-            first = int(rng.integers(WARM, HORIZON - 8 * CHUNK))
-            return tuple(range(first, first + 7 * CHUNK, CHUNK))
+            first = int(rng.integers(WARM, HORIZON - (CHUNKS + 1) * CHUNK))
+            return tuple(range(first, first + CHUNKS * CHUNK, CHUNK))
         target = int(rng.integers(6 * CHUNK, HORIZON))
         evidence = int(rng.integers(CHUNK, target - 3 * CHUNK))
         back = [v for v in lane.visits if 6 * CHUNK <= v.start < HORIZON] if lane else []

@@ -1,4 +1,4 @@
-"""What a compressor is trained on: a rollout's own past, remembered in compressed form.
+"""What a compressor is trained on: a rollout's own past, or true films, remembered in compressed form.
 
 *Self-distillation* needs nothing but the model: at one denoising step of every chunk, the velocity under the packed
 history is drawn to the velocity the same frozen model predicts when it sees the whole past.
@@ -32,27 +32,41 @@ LEAST, MOST = 0.02, 0.98  # noise levels at which clips are judged
 
 
 def distill(
-    student: Rollout, teacher: Rollout, schedule: Schedule, chunks: int, steps: Sequence[int], draw: Draw
-) -> Tensor:
+    student: Rollout, teacher: Rollout, schedule: Schedule, chunks: int, steps: Sequence[int], draw: Draw,
+    films: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Mean squared difference of velocities at `steps` (indices into the schedule) of every chunk that sees compressed
-    tokens; `teacher` is the same take with a policy that shows everything. The student's own chunks are the past of
-    both."""
+    tokens; `teacher` is the same take with a policy that shows everything. The past of both are the student's own
+    chunks, or those of `films` [B, C, chunks · f, h, w], which are then what is noised, too."""
     losses = []
-    for _ in range(chunks):
+
+    def compare(x: Tensor, t: float) -> Tensor:
+        velocity = student.velocity(x, t)
+        with torch.no_grad():
+            goal = teacher.velocity(x, t)
+        losses.append((velocity - goal).square().mean())
+        return velocity.detach()
+
+    for number in range(chunks):
         student.begin()
         teacher.begin()
-        x = draw()
-        for step, (t, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
-            graded = step in steps and sees_compressed(student)
-            with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-                velocity = student.velocity(x, t)
-            if graded:
-                with torch.no_grad():
-                    goal = teacher.velocity(x, t)
-                losses.append((velocity - goal).square().mean())
-            clean = x - sigma * velocity.detach()
-            if step + 1 < len(schedule.sigmas):
-                x = (1 - schedule.sigmas[step + 1]) * clean + schedule.sigmas[step + 1] * draw()
+        graded = steps if sees_compressed(student) else ()
+        if films is not None:
+            clean = films.chunk(chunks, 2)[number]
+            for step in graded:
+                sigma = schedule.sigmas[step]
+                compare((1 - sigma) * clean + sigma * draw(), schedule.timesteps[step])
+        else:
+            x = draw()
+            for step, (t, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
+                if step in graded:
+                    velocity = compare(x, t)
+                else:
+                    with torch.no_grad():
+                        velocity = student.velocity(x, t)
+                clean = x - sigma * velocity
+                if step + 1 < len(schedule.sigmas):
+                    x = (1 - schedule.sigmas[step + 1]) * clean + schedule.sigmas[step + 1] * draw()
         student.commit(clean)
         with torch.no_grad():
             teacher.commit(clean)

@@ -9,6 +9,7 @@ Letters: B takes, L layers, N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..attention import attend
 from ..compressors import Compressor, TakeState
+from ..decoding import half_on_cpu
 from ..errors import LongtakeError
 from ..geometry import Geometry
 from ..hosts.base import TextState
@@ -57,16 +59,19 @@ class _Layer:
 class Rollout:
     """Takes in lockstep under `policy`. For every chunk: `begin`, any number of `velocity`, `commit`.
 
+    fast: decode what the compressor sees in half precision where a CPU has it; most of the time goes there.
+
     `compressor` is needed by policies that ask for compressed forms; gradients reach its weights, and the host's own
     where they ask for any (LoRA). Raises LongtakeError for a policy that drops or fuses single tokens.
     """
 
     def __init__(
         self, host: CausalWan, policy: KVPolicy, geometry: Geometry, text: TextState,
-        compressor: Compressor | None = None,
+        compressor: Compressor | None = None, fast: bool = False,
     ) -> None:  # fmt: skip
         self.host, self.policy, self.geometry, self.text, self.compressor = host, policy, geometry, text, compressor
         self.decoder = host.decoder() if compressor is not None and compressor.wants_pixels else None
+        self.hurry = half_on_cpu if fast else lambda device: contextlib.nullcontext()
         self.state = TakeState()
         self.blocks: list[Block] = []
         self.held: dict[tuple[int, str], _Held] = {}
@@ -119,7 +124,8 @@ class Rollout:
 
     def _compress(self, x0: Tensor) -> Tensor:
         assert self.compressor is not None
-        pixels = None if self.decoder is None else self.decoder.push(x0)
+        with self.hurry(self.host.device):
+            pixels = None if self.decoder is None else self.decoder.push(x0)
         tokens, self.state = self.compressor.compress(x0, pixels, self.state, self.host, self.geometry)
         return tokens
 

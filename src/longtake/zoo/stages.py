@@ -8,12 +8,16 @@ its schedule does not end early.
 
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import nn
 
 from longtake.zoo.muon import Muon
@@ -23,6 +27,15 @@ LOG_SECONDS = 10.0
 PAUSE_SECONDS = 60.0  # a turn on a GPU that took longer was a stopped process: no more of it counts
 # Parts of a parameter's name that mark embeddings, tables and outermost layers; those learn with AdamW.
 ENDS = ("shared", "bias", "table", "embed", "patch_embedding", "proj_out", "conv_in", "conv_out", "quant_conv")
+
+
+def circumstances(device: str) -> dict[str, object]:
+    """When, where and with what a training runs, as `training.json` has it."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
+    }
 
 
 class Stage:

@@ -30,6 +30,7 @@ from ..policies import FullHistory, KVPolicy, parse
 from ..samplers.chunked import Schedule
 from ..session import history_shape
 from . import compressor_losses as losses
+from .clips import CHUNKS, Library
 from .lora import Adapter
 from .rollout import Rollout, check_policy
 from .stages import Stage
@@ -37,6 +38,8 @@ from .stages import Stage
 DISTILL_RATE, DMD_RATE, CRITIC_RATE = 2e-3, 2e-6, 1e-6
 GUIDANCE = 3.0  # s of DMD; a conventional scale of 4
 HELD_OUT = 1 << 40  # seeds from here on are for judging, not for learning
+PASTS = ("own", "films")
+FIRST_FILMS, FILMS, STEPS_A_FILM = 16, 256, 4  # encoded before the first step, in all, and how often another one
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Recipe:
     chunks: length of a rollout; batch: takes in lockstep; policy: as for `longtake generate`.
     real, fake: folders of many-step Wan models for distribution matching; fake alone defaults to a copy of real.
     lora: rank of the adapter that learns along, 0 for a frozen model. rate: default by the kind of loss.
-    carry, where, low: of the compressor, see `DualBranch`.
+    carry, where, low: of the compressor, see `DualBranch`. past: what a rollout remembers when it distils, its own
+    chunks or films of the procedural world.
     """
 
     chunks: int = 7
@@ -59,6 +63,7 @@ class Recipe:
     carry: str = CARRIES[0]
     where: str = "midpoint"
     low: str = "pixels"
+    past: str = PASTS[0]
 
 
 class Critic:
@@ -111,6 +116,7 @@ class Trainer:
         host.transformer.requires_grad_(False)
         self.adapter = Adapter(host.transformer, recipe.lora) if recipe.lora else None
         self._check_length()
+        self.films = self._library(0) if recipe.past == "films" else None
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """What learns."""
@@ -122,6 +128,9 @@ class Trainer:
         embeds = self.embeds[torch.from_numpy(rng.integers(len(self.embeds), size=self.recipe.batch))]
         exit_step = int(rng.integers(len(self.schedule.sigmas)))
         draw = self._noise(generator)
+        if self.films is not None:
+            self.films.grow(min(FILMS, FIRST_FILMS + steps // STEPS_A_FILM) - self.films.films)
+            return self._distill_films(self.films, rng, self.recipe.batch, [exit_step], draw), {}
         if self.critic is None:
             return self._distill(embeds, [exit_step], draw), {}
         numbers = {}
@@ -140,6 +149,10 @@ class Trainer:
         """Self-distillation loss on takes that were never trained on, over all denoising steps: as trained, and of the
         low-resolution branch alone in the same places."""
         branch, kept = self.compressor.proj_out, [p.detach().clone() for p in self.compressor.proj_out.parameters()]
+        fresh = None
+        if self.films is not None:
+            fresh = self._library(HELD_OUT)
+            fresh.grow(2 * takes)
         result = {}
         for name in ("trained", "low_resolution_alone"):
             if name != "trained":
@@ -148,8 +161,11 @@ class Trainer:
             total = 0.0
             for i in range(takes):
                 draw = self._noise(torch.Generator().manual_seed(HELD_OUT + i))
-                embeds = self.embeds[[i % len(self.embeds)]]
-                total += float(self._distill(embeds, range(len(self.schedule.sigmas)), draw))
+                steps = range(len(self.schedule.sigmas))
+                if fresh is not None:
+                    total += float(self._distill_films(fresh, np.random.default_rng([HELD_OUT, i]), 1, steps, draw))
+                else:
+                    total += float(self._distill(self.embeds[[i % len(self.embeds)]], steps, draw))
             result[name] = total / takes
         for p, old in zip(branch.parameters(), kept, strict=True):
             p.copy_(old)
@@ -168,8 +184,31 @@ class Trainer:
         student, teacher = self._rollout(embeds), self.teacher(embeds)
         return losses.distill(student, teacher, self.schedule, self.recipe.chunks, steps, sized)
 
+    def _distill_films(
+        self, library: Library, rng: np.random.Generator, batch: int, steps: Sequence[int], draw: Any
+    ) -> Tensor:
+        window = library.draw(rng, batch, self.recipe.chunks)
+        embeds = self.host.encode_prompt(window.captions).to(self.host.device)
+        latents = window.latents.to(self.host.device, self.host.dtype)
+        student, teacher = self._rollout(embeds), self.teacher(embeds)
+        return losses.distill(
+            student, teacher, self.schedule, self.recipe.chunks, steps, lambda: draw(batch), films=latents
+        )
+
+    def _library(self, seed: int) -> Library:
+        if self.critic is not None:
+            raise LongtakeError("films are for self-distillation: leave the score models away")
+        if self.host.config.world != "lanes" or self.host.vae is None:
+            raise LongtakeError(
+                f"{self.host.name} was not trained on the procedural world, so there are no films for it: let rollouts "
+                "remember their own chunks (--past own)"
+            )
+        if self.recipe.chunks > CHUNKS:
+            raise LongtakeError(f"films have {CHUNKS} chunks: a rollout of {self.recipe.chunks} is too long")
+        return Library(self.host.vae, "short", seed)
+
     def _rollout(self, embeds: Tensor) -> Rollout:
-        return Rollout(self.host, self.policy, self.geometry, self.host.text_state(embeds), self.compressor)
+        return Rollout(self.host, self.policy, self.geometry, self.host.text_state(embeds), self.compressor, fast=True)
 
     def _noise(self, generator: torch.Generator) -> Any:
         shape = (self.geometry.channels, self.geometry.chunk_frames, *self.geometry.latent_size)

@@ -6,15 +6,11 @@ DIR/work/metrics.jsonl; DIR itself is the finished model folder.
 """
 
 import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedTokenizerFast
 
 from longtake.errors import LongtakeError
@@ -23,6 +19,7 @@ from longtake.hosts.lumos import LumosForVideoGeneration
 from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.hosts.lumos.loading import OWN_TOKENIZER
 from longtake.zoo import lanes, tiny_lumos, tiny_lumos_tokenizer, tiny_vae
+from longtake.zoo.stages import circumstances
 from longtake.zoo.tiny_lumos_clips import WINDOW
 
 STEPS = 16  # of mask decoding, a latent frame
@@ -70,9 +67,7 @@ def train(
     model = tiny_lumos.train(work, tokenizer, minutes["transformer"], device, seed, batch, start)
     rows = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
     facts: dict[str, object] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
+        **circumstances(device),
         "seed": seed,
         "minutes": minutes,
         "last_call_minutes": round((time.monotonic() - begun) / 60, 1),

@@ -8,16 +8,12 @@ finished pipeline folder.
 """
 
 import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import (
     AutoencoderKLWan,
     SkyReelsV2DiffusionForcingPipeline,
@@ -32,7 +28,7 @@ from longtake.hosts.base import CONFIG_NAME, HostConfig
 from longtake.hosts.skyreels import FIRST_LEVEL, shifted
 from longtake.zoo import forcing, lanes, tiny_text, tiny_transformer
 from longtake.zoo.clips import CHUNK, Batch, Library
-from longtake.zoo.stages import Stage
+from longtake.zoo.stages import Stage, circumstances
 from longtake.zoo.train_tiny_wan import PROMPTS
 
 STEPS = 50
@@ -103,9 +99,7 @@ def train(
     forcing.release(transformer)
     rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     facts: dict[str, object] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
+        **circumstances(device),
         "seed": seed,
         "minutes": minutes,
         "steps": stage.steps,

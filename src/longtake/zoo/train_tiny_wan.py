@@ -7,21 +7,18 @@ the transformer before its last stage. The second variant begins with the autoen
 """
 
 import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from longtake.errors import LongtakeError
 from longtake.zoo import lanes, tiny_text, tiny_transformer, tiny_vae
 from longtake.zoo.clips import CHUNK
+from longtake.zoo.stages import circumstances
 
 VARIANTS = ("short", "long")
 PROMPTS = (
@@ -70,9 +67,7 @@ def train(
         work, vae, variant, "few", minutes["few"], *common, start=start
     )
     facts: dict[str, object] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
+        **circumstances(device),
         "variant": variant,
         "seed": seed,
         "minutes": minutes,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ...decoding import encode
+from ...decoding import encode, half_on_cpu
 from ...hosts.base import Decoder, Host
 from ...zoo import lanes, readback
 from ..provenance import write_atomically
@@ -128,9 +128,5 @@ def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
 
 
 def _fast(host: Host) -> contextlib.AbstractContextManager[Any]:
-    """Half precision for the autoencoder on a CPU that has it: about a third of the time, for a grey level or two. Not
-    for codes, of which another one is another picture."""
-    on_cpu = torch.device(host.device).type == "cpu"
-    if on_cpu and not host.codes and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16)
-    return contextlib.nullcontext()
+    """Half precision for the autoencoder, but not for codes, of which another one is another picture."""
+    return contextlib.nullcontext() if host.codes else half_on_cpu(host.device)
