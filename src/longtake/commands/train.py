@@ -53,10 +53,7 @@ def tiny_wan(
         # Late, because its classes are diffusers' and transformers' own.
         from ..zoo.train_tiny_wan import train as run
 
-        planned = sum(value for name, value in minutes.items() if begin is None or name == "few")
-        shell.say(
-            f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
-        )
+        _say_planned(minutes if begin is None else {"few": minutes["few"]}, out)
         facts = run(out, variant, minutes, begin, device, seed, batch)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
@@ -90,10 +87,7 @@ def tiny_lumos(
     with cpu_threads(threads):
         from ..zoo.train_tiny_lumos import train as run
 
-        planned = sum(value for name, value in minutes.items() if begin is None or name == "transformer")
-        shell.say(
-            f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
-        )
+        _say_planned(minutes if begin is None else {"transformer": minutes["transformer"]}, out)
         facts = run(out, minutes, begin, device, seed, batch)
     score = facts["tokenizer_psnr_fresh_seeds"]
     text = f"{out}: tokenizer {score} dB on fresh seeds; longtake generate … --model {out}"
@@ -206,6 +200,13 @@ def _check(minutes: dict[str, float], batch: int, threads: int | None, device: s
         raise LongtakeError(f"--batch {batch}: give at least 1")
     shell.check_threads(threads)
     shell.check_device(device)
+
+
+def _say_planned(minutes: dict[str, float], out: Path) -> None:
+    planned = sum(minutes.values())
+    shell.say(
+        f"training for {planned:g} minutes in all, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}"
+    )
 
 
 def _lines(path: Path) -> list[str]:
