@@ -36,6 +36,7 @@ from .flowcache_quality import quality
 from .flowcache_report import PIPELINE, FlowCacheReport, ShapeTime, SpeedRow
 from .machine import Clock, named, place
 from .measure import Figure, ratios
+from .random_weights import drawn
 
 ROUNDS, SEEDS = 5, 16
 MODEL = "tiny-skyreels"
@@ -72,22 +73,17 @@ class SkyShape:
         """A host of this shape, its weights drawn with `seed`."""
         from diffusers import SkyReelsV2Transformer3DModel
 
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
-            model: Any = SkyReelsV2Transformer3DModel(
-                num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
-                out_channels=self.channels, text_dim=self.text_dim, freq_dim=self.freq_dim, ffn_dim=self.ffn_dim,
-                num_layers=self.layers,
-            )  # fmt: skip
-        for name, parameter in model.named_parameters():
-            if not any(island in name for island in model._keep_in_fp32_modules or ()):  # as from_pretrained does
-                parameter.data = parameter.data.to(dtype)
+        make = lambda: SkyReelsV2Transformer3DModel(
+            num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
+            out_channels=self.channels, text_dim=self.text_dim, freq_dim=self.freq_dim, ffn_dim=self.ffn_dim,
+            num_layers=self.layers,
+        )  # fmt: skip
         config = HostConfig(
             host="skyreels", causal=True, chunk_frames=self.chunk_frames, shift=self.shift, height=self.height,
             width=self.width, text_tokens=self.text_tokens, training_frames=self.chunks * self.chunk_frames,
             sampler="staggered", steps=self.steps, lag=self.lag, overlap=self.chunk_frames,
         )  # fmt: skip
-        return SkyReels(model.eval().requires_grad_(False), config, name=self.name)
+        return SkyReels(drawn(make, device, dtype, seed), config, name=self.name)
 
 
 SHAPES = {

@@ -10,7 +10,6 @@ Raises LongtakeError, naming the class, where the installed diffusers lacks one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +22,7 @@ from ..hosts.base import HostConfig
 from ..hosts.skyreels import SkyReels
 from .bench_shapes import Shape
 from .machine import Clock
+from .random_weights import drawn
 
 PATCH = 2  # both networks' patches, rows and columns
 COMPRESSED_PATCH = 4  # AnyFlow-FAR's of the older past
@@ -44,17 +44,6 @@ def available(name: str) -> Any:
     if not hasattr(diffusers, name):
         raise LongtakeError(f"diffusers {diffusers.__version__} has no {name}")
     return getattr(diffusers, name)
-
-
-def drawn(make: Callable[[], Any], device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """A transformer with weights drawn from `seed`, in `dtype` but for the parts that from_pretrained keeps in fp32."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(seed)
-        model = make()
-    for name, parameter in model.named_parameters():
-        if not any(island in name for island in model._keep_in_fp32_modules or ()):
-            parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False)
 
 
 # --- AnyFlow-FAR ------------------------------------------------------------------------------------------------------

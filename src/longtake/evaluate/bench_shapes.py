@@ -10,6 +10,7 @@ import torch
 from ..flops import FlopShape
 from ..hosts.base import HostConfig
 from ..hosts.wan import CausalWan
+from .random_weights import drawn
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,16 @@ class Shape:
         """A host of this shape, its weights drawn with `seed`."""
         from diffusers import WanTransformer3DModel
 
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
-            model: Any = WanTransformer3DModel(
-                num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
-                out_channels=self.channels, text_dim=self.text_dim, freq_dim=self.freq_dim, ffn_dim=self.ffn_dim,
-                num_layers=self.layers,
-            )  # fmt: skip
+        make = lambda: WanTransformer3DModel(
+            num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
+            out_channels=self.channels, text_dim=self.text_dim, freq_dim=self.freq_dim, ffn_dim=self.ffn_dim,
+            num_layers=self.layers,
+        )  # fmt: skip
         config = HostConfig(
             causal=True, chunk_frames=self.chunk_frames, timesteps=self.timesteps, height=self.height,
             width=self.width, text_tokens=self.text_tokens, training_frames=self.window,
         )  # fmt: skip
-        for name, parameter in model.named_parameters():
-            if not any(island in name for island in model._keep_in_fp32_modules or ()):  # as from_pretrained does
-                parameter.data = parameter.data.to(dtype)
-        return CausalWan(model.eval().requires_grad_(False), config, name=self.name)
+        return CausalWan(drawn(make, device, dtype, seed), config, name=self.name)
 
 
 SHAPES = {

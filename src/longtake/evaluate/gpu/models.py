@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ...planner.wan import WanShape
 from ...policies import parse
 from ..bench_shapes import Shape
 from ..lumos_shapes import LumosBench
+from ..random_weights import drawn
 
 TIMESTEP = {"lumos": 0.0, "magi": 0.25, "skyreels": 500.0, "wan": 500.0}
 
@@ -49,10 +49,7 @@ class Model:
 
     def host(self, device: torch.device, dtype: torch.dtype, seed: int) -> Host:
         """The model with weights drawn with `seed`; no text encoder, no decoder."""
-        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with forked:
-            torch.manual_seed(seed)
-            return BUILDERS[self.family](self.shape, device, dtype, seed)
+        return BUILDERS[self.family](self.shape, device, dtype, seed)
 
 
 def _wan(shape: WanShape, device: torch.device, dtype: torch.dtype, seed: int) -> Host:
@@ -69,30 +66,28 @@ def _skyreels(shape: SkyReelsShape, device: torch.device, dtype: torch.dtype, se
 
     from ...hosts.skyreels import SkyReels, settings
 
-    with torch.device(device):
-        model: Any = SkyReelsV2Transformer3DModel(
-            num_attention_heads=shape.heads, attention_head_dim=shape.head_dim, in_channels=shape.channels,
-            out_channels=shape.channels, text_dim=shape.text_width, freq_dim=shape.times, ffn_dim=shape.ffn,
-            num_layers=shape.layers, inject_sample_info=shape.rates,
-        )  # fmt: skip
+    make = lambda: SkyReelsV2Transformer3DModel(
+        num_attention_heads=shape.heads, attention_head_dim=shape.head_dim, in_channels=shape.channels,
+        out_channels=shape.channels, text_dim=shape.text_width, freq_dim=shape.times, ffn_dim=shape.ffn,
+        num_layers=shape.layers, inject_sample_info=shape.rates,
+    )  # fmt: skip
     config = replace(
         settings(shape.name, {"num_layers": shape.layers}), height=shape.height, width=shape.width,
         text_tokens=shape.text_tokens, chunk_frames=shape.chunk_frames, steps=shape.steps, lag=shape.lag,
     )  # fmt: skip
-    return SkyReels(_cast(model, dtype), config, name=shape.name)
+    return SkyReels(drawn(make, device, dtype, seed), config, name=shape.name)
 
 
 def _magi(shape: MagiShape, device: torch.device, dtype: torch.dtype, seed: int) -> Host:
     from ...hosts.magi.host import MagiHost, MagiSettings, host_config
     from ...hosts.magi.model import MagiTransformer3DModel
 
-    with torch.device(device):
-        model: Any = MagiTransformer3DModel(
-            num_layers=shape.layers, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn,
-            num_attention_heads=shape.heads, num_query_groups=shape.kv_heads, kv_channels=shape.head_dim,
-            in_channels=shape.channels, out_channels=shape.channels, caption_channels=shape.text_width,
-            caption_max_length=shape.longest_text,
-        )  # fmt: skip
+    make = lambda: MagiTransformer3DModel(
+        num_layers=shape.layers, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads, num_query_groups=shape.kv_heads, kv_channels=shape.head_dim,
+        in_channels=shape.channels, out_channels=shape.channels, caption_channels=shape.text_width,
+        caption_max_length=shape.longest_text,
+    )  # fmt: skip
     ranges = tuple(int(n) for n in shape.ranges.split("/"))
     told = MagiSettings(
         num_steps=shape.steps, window_size=shape.window, distill=shape.passes == 1, cfg_number=shape.passes,
@@ -102,7 +97,7 @@ def _magi(shape: MagiShape, device: torch.device, dtype: torch.dtype, seed: int)
         host_config(told), chunk_frames=shape.chunk_frames, height=shape.height, width=shape.width, fps=shape.fps,
         window=shape.chunk_frames * max(ranges), training_frames=shape.chunk_frames * max(ranges),
     )  # fmt: skip
-    return MagiHost(_cast(model, dtype), told, config, name=shape.name)
+    return MagiHost(drawn(make, device, dtype, seed), told, config, name=shape.name)
 
 
 def _lumos(shape: LumosShape, device: torch.device, dtype: torch.dtype, seed: int) -> Host:
@@ -110,15 +105,6 @@ def _lumos(shape: LumosShape, device: torch.device, dtype: torch.dtype, seed: in
 
 
 BUILDERS: dict[str, Callable[..., Host]] = {"lumos": _lumos, "magi": _magi, "skyreels": _skyreels, "wan": _wan}
-
-
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """To `dtype`, but for what the class keeps in fp32."""
-    islands = model._keep_in_fp32_modules or ()
-    for name, parameter in model.named_parameters():
-        if not any(island in name for island in islands):
-            parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False)
 
 
 def prompt_of(model: Model, host: Host, tokens: int, seed: int = 0) -> Tensor:
