@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import LongtakeError
+from ..geometry import Geometry
 from ..policies import KVPolicy
+
+if TYPE_CHECKING:
+    from .wan_sizes import WanSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +80,12 @@ class PlanRequest:
             near = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
             raise LongtakeError(f"size {size[0]}x{size[1]}: {shape.name} needs multiples of {unit} pixels, e.g. {near}")
         return size
+
+    def take(self, shape: WanSizes) -> tuple[Geometry, int]:
+        """The take's geometry, and its latent frames; where chunks are asked for, whole ones."""
+        width, height = self.pixels(shape, shape.unit())
+        geometry = shape.geometry(height, width, self.chunk)
+        asked = self.pixel_frames(shape.fps)
+        if asked is None:
+            return geometry, (self.chunks or 0) * geometry.chunk_frames
+        return geometry, geometry.latent_frames(asked)

@@ -196,11 +196,7 @@ def _take(request: PlanRequest) -> tuple[SkyReelsShape, Geometry, int]:
     """The model, its geometry, and the latent frames of the take."""
     shape = request.shape or SHAPES[request.model]
     assert isinstance(shape, SkyReelsShape)
-    width, height = request.pixels(shape, shape.unit())
-    geometry = shape.geometry(height, width, request.chunk)
-    asked = request.pixel_frames(shape.fps)
-    frames = (request.chunks or 0) * geometry.chunk_frames if asked is None else geometry.latent_frames(asked)
-    return shape, geometry, frames
+    return shape, *request.take(shape)
 
 
 def _rows(shape: SkyReelsShape, frames: int, per_frame: int, chunk: int, steps: int) -> list[dict[str, Any]]:

@@ -112,10 +112,7 @@ def _take(request: PlanRequest) -> tuple[WanShape, Geometry, int]:
     """The model, its geometry, and how many chunks there are."""
     shape = request.shape or SHAPES[request.model]
     assert isinstance(shape, WanShape)
-    width, height = request.pixels(shape, shape.unit())
-    geometry = shape.geometry(height, width, request.chunk)
-    asked = request.pixel_frames(shape.fps)
-    frames = (request.chunks or 0) * geometry.chunk_frames if asked is None else geometry.latent_frames(asked)
+    geometry, frames = request.take(shape)
     return shape, geometry, -(-frames // geometry.chunk_frames)
 
 
