@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow
 from longtake.cli import app
 from longtake.commands.bench import bench
-from longtake.evaluate import bench_suite, bench_take, provenance, roofline
+from longtake.evaluate import bench_suite, bench_take, provenance
 from longtake.evaluate.bench_report import Missing, Reached
 from longtake.evaluate.bench_take import SHAPES, BareForwards, run
 from longtake.evaluate.measure import CountOperations, Figure, bootstrap, live_tensor_bytes, ratios, rss_bytes
@@ -24,19 +24,11 @@ from longtake.samplers.chunked import CLEAN_TIMESTEP
 from .tiny import text, tiny_wan
 
 
-def hurry(patch) -> None:
-    patch.setattr(bench_take, "CODEC_RUNS", 2)
-    patch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
-    patch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    hurry(monkeypatch)
-
-
-def idle(*_: object) -> float:
-    return 0.0
+@pytest.fixture(scope="module", autouse=True)
+def hurried(quick):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_take, "CODEC_RUNS", 2)
+        yield
 
 
 def take(policy=None, residency="resident", chunks=None) -> Session:
@@ -186,7 +178,6 @@ def test_busy_machine_is_refused_with_advice_unless_forced(monkeypatch):
 @pytest.fixture(scope="module")
 def report() -> TakeReport:
     with pytest.MonkeyPatch.context() as patch:
-        hurry(patch)
         patch.setattr(provenance, "others_busy", lambda: 0.4)
         return run("cpu-micro", chunks=13, pairs=3, repeats=1, threads=1, force=True, command="longtake bench take")
 
@@ -344,7 +335,7 @@ def test_gpu_shape_without_a_gpu_is_one_clear_line():
 
 
 def test_command_writes_both_files_and_answers_in_json(monkeypatch, tmp_path):
-    monkeypatch.setattr(provenance, "others_busy", idle)
+    monkeypatch.setattr(provenance, "others_busy", lambda: 0.0)
     options = ["--shape", "cpu-micro", "--chunks", "8", "--pairs", "2", "--threads", "1", "--json"]
     result = CliRunner().invoke(app, ["bench", "take", *options, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

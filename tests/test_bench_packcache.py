@@ -11,20 +11,15 @@ from typer.testing import CliRunner
 
 from longtake import FullHistory, LastFrames, LongtakeError, PackCache, Session
 from longtake.cli import app
-from longtake.evaluate import bench_suite, provenance, roofline
+from longtake.evaluate import bench_suite, provenance
 from longtake.evaluate.authors_like import AuthorsLike
 from longtake.evaluate.bench_packcache import GUIDANCE, run
 from longtake.evaluate.lumos_shapes import SHAPES
 from longtake.samplers.masked import MaskedSampler
 
+pytestmark = pytest.mark.usefixtures("quick", "idle")
+
 MICRO = SHAPES["lumos-micro"]
-
-
-@pytest.fixture(autouse=True)
-def idle(monkeypatch):
-    monkeypatch.setattr(provenance, "others_busy", lambda: 0.0)
-    monkeypatch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
-    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
 
 
 @pytest.fixture(scope="module")

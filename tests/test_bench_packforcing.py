@@ -7,19 +7,12 @@ from typer.testing import CliRunner
 
 from longtake import LongtakeError, PackForcing
 from longtake.cli import app
-from longtake.evaluate import bench_suite, provenance, roofline
+from longtake.evaluate import bench_suite
 from longtake.evaluate.bench_packforcing import run
 
+pytestmark = pytest.mark.usefixtures("quick", "idle")
+
 POLICY = PackForcing(sink=1, top_k=2, archive=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provenance, "others_busy", lambda: 0.0)
-        patch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
-        patch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
-        yield
 
 
 @pytest.fixture(scope="module", params=["scratch", "resident"])

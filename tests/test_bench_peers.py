@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow
 from longtake.cli import app
-from longtake.evaluate import bench_peers, bench_suite, provenance, roofline
+from longtake.evaluate import bench_peers, bench_suite
 from longtake.evaluate.bench_flowcache_kv import explicit_score
 from longtake.evaluate.bench_peer_caches import CachedTake, Growing, Shifted
 from longtake.evaluate.bench_peer_pipelines import AnyFlow, available
@@ -19,16 +19,9 @@ from longtake.evaluate.bench_report import Missing
 from longtake.evaluate.bench_shapes import SHAPES
 from longtake.policies import FlowCacheKV
 
+pytestmark = pytest.mark.usefixtures("quick", "idle")
+
 MICRO, CPU = SHAPES["cpu-micro"], torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(provenance, "others_busy", lambda: 0.0)
-        patch.setattr(roofline, "GEMM_SIZES", {"cpu": (32,)})
-        patch.setattr(roofline, "COPY_BYTES", {"cpu": 1 << 16})
-        yield
 
 
 @pytest.fixture(scope="module")
