@@ -86,6 +86,13 @@ def until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def encoded(client: Client, name: str) -> dict[str, Any]:
+    """A session of `tiny-shapes` that stands still, when the encoder, which is behind, has all its chunks."""
+    frames = 12 * client.session(name)["chunk"] - 3
+    until(lambda: client.session(name)["frames"] == frames)
+    return client.session(name)
+
+
 def collect(stream: Stream, frames: int) -> tuple[list[dict[str, Any]], list[bytes]]:
     """Messages and binary items of a stream until it has given so many fragments behind its header."""
     messages, parts = [stream.welcome], []

@@ -19,7 +19,7 @@ from longtake.serve.client import ServerError
 from longtake.serve.parking import Track, noise_state, replayable
 from longtake.serve.recording import Recording
 from longtake.serve.stream import Channel
-from tests.serving import OTHER, PROMPT, decoded, serving, until
+from tests.serving import OTHER, PROMPT, decoded, encoded, serving, until
 from tests.skyreels import tiny_skyreels
 from tests.test_serve_faults import logged
 
@@ -81,9 +81,7 @@ def begun(client) -> tuple[str, int]:
     name = client.create(PROMPT, seed=7, pace="free", num_inference_steps=1)["id"]
     until(lambda: client.session(name)["chunk"] >= 2)
     client.steer(name, type="pause")
-    at = client.session(name)["chunk"]
-    until(lambda: client.session(name)["frames"] == 12 * at - 3)  # the encoder is behind
-    return name, at
+    return name, encoded(client, name)["chunk"]
 
 
 def goes_on(client, host, state: Path, name: str, at: int) -> None:
