@@ -124,8 +124,6 @@ def serve(
         server = Server(service, known, host, port)
         shell.say(f"serving {', '.join(sources)} at http://{host}:{port or '(a free port, see the log)'}")
         server.run()
-    if not server.started:
-        raise LongtakeError(f"{host}:{port} cannot be listened on: is another server there? Use another --port")
 
 
 def _named(text: str) -> tuple[str, str]:
