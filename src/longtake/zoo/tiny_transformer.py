@@ -17,8 +17,8 @@ FIRST_FILMS = 100
 FILMS = 1500  # a shelf this large is not outlived
 HISTORY_NOISE = 0.3
 OWN = 0.3  # share of windows with a past that the model guessed in one step
-ROLLED = 0.4  # the same in the second half of "few": a past that the sampler made
-ROLL = 3  # chunks that it made, at most
+ROLLED = 0.5  # the same in the second half of "few": a past that the sampler made
+ROLL = 6  # chunks that it made, at most: all that a free run sees is its own
 ACTOR, RETURNED = 6.0, 12.0  # weights of a latent cell with an actor in it, on a first visit and on a later one
 FIRST_CHUNK = 2.0  # weight of a take's first chunk: everything after leans on it
 

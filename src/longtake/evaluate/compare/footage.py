@@ -76,6 +76,28 @@ class Footage:
         return self._lawful[start, frames]
 
 
+@dataclass
+class Hurried:
+    """A decoder in half precision, for a take whose compressor is shown pixels: most of a cell's time would go there."""
+
+    decoder: Decoder
+    host: Host
+
+    def push(self, latents: Tensor) -> Tensor:
+        with _fast(self.host):
+            return self.decoder.push(latents)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.decoder.state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.decoder.load_state_dict(tensors, meta)
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoder.nbytes
+
+
 def probes(scene: lanes.Scene, frames: int, chunk: int) -> list[Probe]:
     """Where to generate after at most `frames` true latent frames, in time order; where there are too many, long gaps
     come first: they are rare.

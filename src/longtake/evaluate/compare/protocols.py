@@ -18,7 +18,7 @@ from ...zoo import lanes, readback
 from . import arms as names
 from .arms import Arm
 from .course import course
-from .footage import Footage, Probe, probes
+from .footage import Footage, Hurried, Probe, probes
 from .picture import psnr
 
 CHUNKS, FRAMES = 2, 6  # generated at every probe, at least: so long an actor takes to be seen whole
@@ -126,10 +126,13 @@ def held(take: Session) -> dict[str, int]:
 
 def _session(arm: Arm, footage: Footage, setting: Setting) -> Session:
     chunks = setting.length(footage.host) // footage.host.config.chunk_frames
-    return Session(
+    take = Session(
         footage.host, policy=arm.policy, prompt=footage.scene.caption, seed=footage.seed, height=lanes.SIZE,
         width=lanes.SIZE, decode=False, chunks=chunks,
     )  # fmt: skip
+    if take.decoder is not None:
+        take.decoder = Hurried(take.decoder, take.host)
+    return take
 
 
 def _without_model(control: str, footage: Footage, truth: Tensor, frame: int, length: int) -> np.ndarray:
