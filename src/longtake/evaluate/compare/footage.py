@@ -78,7 +78,7 @@ class Footage:
 
 @dataclass
 class Hurried:
-    """A decoder in half precision, for a take whose compressor is shown pixels: most of a cell's time would go there."""
+    """A decoder in half precision, for takes whose compressor is shown pixels: most of the time would go there."""
 
     decoder: Decoder
     host: Host
