@@ -8,15 +8,12 @@ the compressor will serve. Without score models the loss is self-distillation, w
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
@@ -33,7 +30,7 @@ from . import compressor_losses as losses
 from .clips import CHUNKS, Library
 from .lora import Adapter
 from .rollout import Rollout, check_policy
-from .stages import Stage
+from .stages import Stage, circumstances
 
 DISTILL_RATE, DMD_RATE, CRITIC_RATE = 2e-3, 2e-6, 1e-6
 GUIDANCE = 3.0  # s of DMD; a conventional scale of 4
@@ -299,9 +296,7 @@ def train(
         stage.step(loss, **numbers)
     stage.finish()
     facts: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {host.device.type}",
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers)},
+        **circumstances(host.device.type),
         "model": host.name, "loss": "self-distillation" if trainer.critic is None else "dmd",
         "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in vars(recipe).items()},
         "seed": seed, "minutes": minutes, "steps": stage.steps, "prompts": len(prompts),
