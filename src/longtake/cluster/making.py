@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..digest import file_sha256
 from ..errors import LongtakeError, NonFiniteError
 from .jobs import Job
 
@@ -114,7 +115,7 @@ class Maker:
             "height": geometry.height, "device": str(host.device), "dtype": str(host.dtype).removeprefix("torch."),
             "seconds": time.perf_counter() - began, "seconds_with_loading": time.perf_counter() - started,
             "forwards": take.stats.forwards, "reused": take.stats.reused, "memory": take.memory(),
-            "video_bytes": (folder / VIDEO).stat().st_size, "video_sha256": _digest(folder / VIDEO),
+            "video_bytes": (folder / VIDEO).stat().st_size, "video_sha256": file_sha256(folder / VIDEO),
             "latents_sha256": latents.hexdigest(), "worker": self.identity(), **self._provenance(host),
         }  # fmt: skip
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False))
@@ -163,8 +164,3 @@ def _first_frame(path: str | None, geometry: Any) -> Any:
         return None
     rgb = read_image(path, (geometry.height, geometry.width))
     return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...digest import file_sha256
 from ...errors import LongtakeError
 from ..provenance import read_json, write_atomically
 from .arms import Arm
@@ -116,7 +117,7 @@ class Store:
             path = self.files(cell) / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != told["bytes"] or _sha256(path) != told["sha256"]:
+            if path.stat().st_size != told["bytes"] or file_sha256(path) != told["sha256"]:
                 return f"{name} has changed"
         return ""
 
@@ -172,15 +173,10 @@ def fingerprint(folder: Path) -> str:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".")
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _alive(process: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...digest import file_sha256
 from ...errors import LongtakeError
 from .wording import first_line, some
 
@@ -145,8 +146,7 @@ def sha256(path: Path) -> str:
     if path.is_dir():
         listing = "".join(f"{sha256(shard)}  {shard.name}\n" for shard in _shards(path))
         return hashlib.sha256(listing.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ is a program: loading it runs what its author wrote. So it is loaded only if the
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...digest import file_sha256
 from ...errors import LongtakeError
 from ..base import Decoder
 from .fsq import FSQ
@@ -63,7 +63,7 @@ class CosmosTokenizer:
             raise LongtakeError(
                 f"{self.folder} has no {' and no '.join(missing)}: give the folder of Cosmos-Tokenizer-DV4x8x8"
             )
-        self.sha256 = {path.name: _sha256(path) for path in paths}
+        self.sha256 = {path.name: file_sha256(path) for path in paths}
         if not allow:
             listed = ", ".join(f"{name} sha256 {digest}" for name, digest in self.sha256.items())
             raise LongtakeError(
@@ -172,8 +172,3 @@ def to_uint8(pixels: Tensor) -> Tensor:
     """[B, 3, T, H, W] in [−1, 1] → uint8 [B, T, H, W, 3], rounded to nearest."""
     pixels = pixels.permute(0, 2, 3, 4, 1).float().clamp(-1, 1)
     return pixels.mul(0.5).add(0.5).mul(255.0).round().to(torch.uint8).contiguous()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
