@@ -31,7 +31,9 @@ from longtake.evaluate.compare.protocols import Setting, fork, held, run
 from longtake.evaluate.metrics.likeness import ssim_map
 from longtake.hosts.base import HostConfig
 from longtake.samplers.chunked import NoiseSource
-from longtake.zoo import lanes, tiny_text, tiny_transformer, tiny_vae, train_tiny_wan
+from longtake.zoo import lanes, tiny_vae
+
+from .tiny_checkpoints import write_lanes_model
 
 QUICK = Setting("A", frames=12, gaps=(1, 2), free=6)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -50,14 +52,7 @@ class Careless(SlidingWindow):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model of the world of lanes with random weights, smaller than the trained ones."""
-    folder = tmp_path_factory.mktemp("model") / "random"
-    torch.manual_seed(0)
-    tokens, transformer = tiny_text.tokenizer(), tiny_transformer.build(tiny_vae.Z_DIM)
-    transformer.blocks = transformer.blocks[:2]
-    transformer.register_to_config(num_layers=2)
-    train_tiny_wan.export(folder, "short", tiny_vae.build(), transformer, tiny_text.build(len(tokens)), tokens, {})
-    return folder
+    return write_lanes_model(tmp_path_factory.mktemp("model") / "random", layers=2)
 
 
 @pytest.fixture(scope="module")

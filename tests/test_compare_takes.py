@@ -33,7 +33,8 @@ from longtake.history.sight import Sight
 from longtake.named import spec
 from longtake.reuse import registry as reuses
 from longtake.video import read_video
-from longtake.zoo import tiny_text, tiny_transformer, tiny_vae, train_tiny_wan
+
+from .tiny_checkpoints import write_lanes_model
 
 POLICIES = ("window:frames=9,sink=3", "packforcing:sink=1,recent=1,top_k=1,archive=4")
 REUSE = "flowcache:threshold=1000,warmup=0,last=none"
@@ -43,14 +44,7 @@ PROMPT = "a ball / and a square"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model of the world of lanes with random weights and one block."""
-    folder = tmp_path_factory.mktemp("model") / "random"
-    torch.manual_seed(0)
-    tokens, transformer = tiny_text.tokenizer(), tiny_transformer.build(tiny_vae.Z_DIM)
-    transformer.blocks = transformer.blocks[:1]
-    transformer.register_to_config(num_layers=1)
-    train_tiny_wan.export(folder, "short", tiny_vae.build(), transformer, tiny_text.build(len(tokens)), tokens, {})
-    return folder
+    return write_lanes_model(tmp_path_factory.mktemp("model") / "random", layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from longtake.zoo import tiny_text, tiny_vae, train_tiny_wan
+from longtake.zoo import tiny_transformer as lanes_transformer
+
 TINY_WAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -27,6 +30,16 @@ def tiny_transformer(seed: int = 0, **config) -> WanTransformer3DModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
+
+
+def write_lanes_model(folder: Path, layers: int) -> Path:
+    """A model of the world of lanes with random weights, of fewer layers than the trained ones."""
+    torch.manual_seed(0)
+    tokens, transformer = tiny_text.tokenizer(), lanes_transformer.build(tiny_vae.Z_DIM)
+    transformer.blocks = transformer.blocks[:layers]
+    transformer.register_to_config(num_layers=layers)
+    train_tiny_wan.export(folder, "short", tiny_vae.build(), transformer, tiny_text.build(len(tokens)), tokens, {})
+    return folder
 
 
 def write_base(folder: Path, **config) -> Path:
