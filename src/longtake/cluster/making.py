@@ -43,18 +43,12 @@ class Maker:
     def make(self, job: Job, folder: Path, go_on: Callable[[], bool] = lambda: True) -> dict[str, Any]:
         """Write VIDEO and RECORD into `folder`, and return the record. Raises LongtakeError for what this model cannot
         make, NonFiniteError for a chunk that is not finite, and Stopped if `go_on` says no."""
-        import torch
+        from ..evaluate.machine import threads_for
 
-        from ..hosts.loading import embedded
-
-        started, before = time.perf_counter(), torch.get_num_threads()
+        started = time.perf_counter()
         host = self._host(job.model)
-        small = host.device.type == "cpu" and host.name in embedded()  # operations too short to share out
-        torch.set_num_threads(self.threads or (1 if small else before))
-        try:
+        with threads_for(host, self.threads):
             return self._make(host, job, folder, go_on, started)
-        finally:
-            torch.set_num_threads(before)
 
     def answer(self, job: Job, folder: Path, token: str, base: Path) -> dict[str, Any]:
         """`make` for a driver that may share no disk with this machine: what is in the token's file beside `folder`

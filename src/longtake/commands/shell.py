@@ -183,13 +183,11 @@ def check_threads(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def cpu_threads(threads: int | None, host: Host) -> Iterator[int]:
-    """Within `with`, torch computes on `threads` CPU threads; by default on one for an embedded model, whose operations
-    take less time than waking a second thread on a busy machine, and for others on as many as torch chose."""
-    from ..evaluate import machine
-    from ..hosts.loading import embedded
+    """Within `with`, torch computes on `threads` CPU threads; by default on one for an embedded model and for others on
+    as many as torch chose."""
+    from ..evaluate.machine import threads_for
 
-    small = host.device.type == "cpu" and host.name in embedded()
-    with machine.cpu_threads(threads or (1 if small else None)) as running:
+    with threads_for(host, threads) as running:
         yield running
 
 

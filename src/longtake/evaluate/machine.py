@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..errors import LongtakeError
 from .measure import rss_bytes
+
+if TYPE_CHECKING:
+    from ..hosts.base import Host
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RSS_EVERY = 0.005  # seconds between two looks at resident memory
@@ -64,6 +67,17 @@ def cpu_threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def threads_for(host: Host, count: int | None) -> Iterator[int]:
+    """`cpu_threads`, but where `count` is None one thread for an embedded model on a CPU: its operations take less time
+    than waking a second thread on a busy machine."""
+    from ..hosts.loading import embedded
+
+    small = host.device.type == "cpu" and host.name in embedded()
+    with cpu_threads(count or (1 if small else None)) as running:
+        yield running
 
 
 class Clock:
