@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import shutil
 import socket
 import threading
 import time
@@ -15,7 +14,7 @@ from urllib.request import urlopen
 
 import av
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import longtake
 from longtake.serve.strip import Sight
@@ -147,16 +146,6 @@ def host():
 def server(host, tmp_path_factory):
     with serving(host, tmp_path_factory.mktemp("page") / "state") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "the page is tested in Chromium, which is not here: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
