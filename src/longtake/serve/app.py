@@ -113,7 +113,8 @@ def _sessions(app: FastAPI, service: Sessions) -> None:
 
     @app.post("/v1/sessions/{name}/steer", **_ANSWERS)
     async def steer(owner: Owner, name: str, request: Steer) -> dict[str, Any]:
-        """Do something at the next chunk border; the answer comes when it is done."""
+        """Do something at the next chunk border; the answer comes when it is done. A session that has ended refuses
+        with 409 what needs chunks to come: prompt, policy, resume, and the start of a recording."""
         return await service.steer(owner, name, request.action)
 
     @app.post("/v1/sessions/{name}/park", **_ANSWERS)
@@ -123,6 +124,8 @@ def _sessions(app: FastAPI, service: Sessions) -> None:
 
     @app.post("/v1/sessions/{name}/fork", status_code=201, **_ANSWERS)
     async def fork(owner: Owner, name: str, request: Fork) -> SessionInfo:
+        """A new session that goes on from a snapshot, or from where this one stands, even at its end: for `chunks`
+        more, by default for as many as this one had before it."""
         return await service.fork(owner, name, request)
 
     @app.delete("/v1/sessions/{name}/snapshots/{snapshot}", status_code=204, **_ANSWERS)

@@ -65,6 +65,7 @@ class Client:
         return self._json("POST", self._path(name, "steer"), {"action": action})
 
     def fork(self, name: str, **options: Any) -> dict[str, Any]:
+        """Options as in `protocol.Fork`: `snapshot`, `prompt`, `chunks` that are to come, `paused`."""
         return self._json("POST", self._path(name, "fork"), options)
 
     def park(self, name: str) -> dict[str, Any]:

@@ -197,23 +197,27 @@ class Track:
             if not torch.equal(made.cpu(), latents):
                 return session.index - first, False
 
-    def replay(self, session: Session, events: int, until: int | None = None) -> int:
+    def replay(self, session: Session, events: int) -> int:
         """Commit the logged chunks from the session's own on, with what was asked between them; returns how many.
         `events`: of the track's events, those the session has obeyed."""
-        logged, first, noise = self.chunks(), session.index, None
+        return sum(1 for _ in self.replaying(session, events))
+
+    def replaying(self, session: Session, events: int) -> Iterator[int]:
+        """The same a chunk at a time: its number, once it is committed. The noise is right when all are."""
+        logged, noise = self.chunks(), None
         waiting = self.events[events:]
         while True:
             waiting = _obey(session, waiting)
-            if session.index not in logged or session.index == until:
+            if session.index not in logged:
                 break
             try:
                 latents, noise = _read(logged[session.index])
             except (OSError, ValueError):  # a file that the system lost: what is whole before it counts
                 break
             session.extend(latents)
+            yield session.index - 1
         if noise is not None and isinstance(session.noise, NoiseSource):
             session.noise.restore(noise)
-        return session.index - first
 
     def _base(self, chunk: int, events: int) -> Base:
         return Base(chunk, events, self.folder / f"base-{chunk:08d}-{events:06d}.safetensors")

@@ -11,6 +11,7 @@ from .strip import StripBlock
 VERSION = 1  # of this protocol: part of every path, and of the first message of a WebSocket
 MAX_PROMPT = 2000  # characters
 MAX_IMAGE = 12_000_000  # characters of base64
+MAX_CHUNKS = 1_000_000  # of a take with an end
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
 Spec = Annotated[str, Field(min_length=1, max_length=400, description="NAME[:key=value,…]; never a file")]
@@ -40,7 +41,7 @@ class NewSession(Message):
     image: Annotated[str, Field(max_length=MAX_IMAGE)] | None = Field(None, description="first frame, base64")
     num_inference_steps: Annotated[int, Field(ge=1, le=200)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    chunks: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(None, description="the take ends after so many")
+    chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] | None = Field(None, description="the take ends after so many")
     pace: Literal["live", "free"] = Field("live", description="live: about as fast as it plays; free: at once")
     paused: bool = Field(False, description="begin with the first `resume`")
     record: bool = False
@@ -104,10 +105,15 @@ class Steer(Message):
 
 
 class Fork(Message):
-    """A new session that begins where a snapshot, or the take itself, stands."""
+    """A new session that begins where a snapshot, or the take itself, stands, its end included."""
 
     snapshot: Identity | None = None
     prompt: Prompt | None = None
+    chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] | None = Field(
+        None,
+        description="the new take ends after so many more; by default after as many as the original was to have when "
+        "it was created or forked, without an end if that has none",
+    )  # fmt: skip
     paused: bool = False
 
 

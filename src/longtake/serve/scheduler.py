@@ -1,5 +1,6 @@
 """The thread of one device. It makes one chunk of one session at a time, in turn, and between two chunks does what was
-asked: so nothing touches a rollout while it runs, and no session waits for more than one chunk of every other."""
+asked: so nothing touches a rollout while it runs, and no session waits for more than one chunk of every other. What is
+long (a history made anew) is done a chunk at a time too, in turn with the sessions."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 from ..errors import LongtakeError
@@ -27,6 +31,16 @@ T = TypeVar("T")
 _HOUSEKEEPING = 0.5  # seconds between two looks for idle sessions
 
 
+@dataclass(eq=False)
+class _Job:
+    """What was asked of the thread, by whom, and how far it is."""
+
+    work: Callable[[], Any]
+    future: Future[Any]
+    take: Take | None
+    steps: Generator[None, None, Any] | None = None
+
+
 class Worker:
     """A device: its models, its bytes, its sessions."""
 
@@ -38,8 +52,10 @@ class Worker:
         self.ledger = Ledger(budget)
         self.takes: dict[str, Take] = {}
         self.turned = time.monotonic()  # when the thread last came by
-        self._ring: deque[str] = deque()  # sessions in the order of their turns
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._ring: deque[str] = deque()  # sessions, and long jobs, in the order of their turns
+        self._jobs: deque[_Job] = deque()
+        self._long: dict[str, _Job] = {}  # begun, and not yet done
+        self._numbers = count()  # of long jobs
         self._wake = threading.Condition()
         self._closing = False
         self._chunk_next = True
@@ -56,15 +72,16 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def call(self, job: Callable[[], T]) -> Future[T]:
-        """Run `job` on the device's thread between two chunks."""
-        future: Future[T] = Future()
+    def call(self, work: Callable[[], T | Generator[None, None, T]], take: Take | None = None) -> Future[T]:
+        """Do `work` on the device's thread between two chunks; wherever it yields, others have their turn. What is
+        asked of a `take` whose history is being made anew waits until that is done."""
+        job = _Job(work, Future(), take)
         with self._wake:
             if self._closing:
                 raise Refused(503, "closing", "the server is shutting down", retry=10)
-            self._jobs.append((job, future))
+            self._jobs.append(job)
             self._wake.notify()
-        return future
+        return job.future
 
     def close(self) -> None:
         """Finish the chunk in flight and what was asked before, park every session, end the thread."""
@@ -145,23 +162,34 @@ class Worker:
                 if now - self._looked > _HOUSEKEEPING:
                     self._looked = now
                     return self._look_after
-                due = {name: wait for name in self._ring if (wait := self.takes[name].due(now)) is not None}
+                due = {name: wait for name in self._ring if (wait := self._due(name, now)) is not None}
                 ready = next((name for name in self._ring if due.get(name) == 0), None)
-                if self._jobs and (ready is None or not self._chunk_next or self._closing):
+                job = next((job for job in self._jobs if job.take is None or not job.take.rebuilding), None)
+                if job is not None and (ready is None or not self._chunk_next or self._closing):
                     self._chunk_next = True
-                    return self._job(*self._jobs.popleft())
-                if self._closing:
-                    return None
+                    self._jobs.remove(job)
+                    return partial(self._begin, job)
                 if ready is not None:
                     self._chunk_next = False
                     return self._turn(ready, [name for name, wait in due.items() if wait == 0])
+                if self._closing:
+                    return None
                 self._wake.wait(min([_HOUSEKEEPING, *due.values()]))
 
+    def _due(self, name: str, now: float) -> float | None:
+        """Seconds until the next turn of a session, or of a long job; at the end only jobs have any."""
+        if name in self._long:
+            return 0.0
+        return None if self._closing else self.takes[name].due(now)
+
     def _turn(self, name: str, ready: list[str]) -> Callable[[], None]:
-        """The chunk of a session, and with it those of others that ask to be made together; they go to the end of the
-        ring."""
+        """The chunk of a session, and with it those of others that ask to be made together, or a step of a long job;
+        they go to the end of the ring."""
+        if name in self._long:
+            self._ring.remove(name)
+            return partial(self._go_on, name, self._long.pop(name))
         take = self.takes[name]
-        others = [self.takes[other] for other in ready if other != name] if take.request.batch else []
+        others = [self.takes[o] for o in ready if o != name and o not in self._long] if take.request.batch else []
         round = [take, *(other for other in others if other.joins(take))][: self.settings.batch_most]
         for each in round:
             self._ring.remove(each.name)
@@ -176,16 +204,32 @@ class Worker:
         for take, outcome in zip(takes, made, strict=True):
             take.finish(outcome)
 
-    def _job(self, job: Callable[[], Any], future: Future[Any]) -> Callable[[], None]:
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(job())
-            except BaseException as error:
-                future.set_exception(error)
+    def _begin(self, job: _Job) -> None:
+        if not job.future.set_running_or_notify_cancel():
+            return
+        try:
+            done = job.work()
+        except BaseException as error:
+            job.future.set_exception(error)
+            return
+        if isinstance(done, Generator):
+            job.steps = done
+            self._go_on(f"job {next(self._numbers)}", job)
+        else:
+            job.future.set_result(done)
 
-        return run
+    def _go_on(self, name: str, job: _Job) -> None:
+        """A step of a job, which then waits for its next turn."""
+        assert job.steps is not None
+        try:
+            next(job.steps)
+        except StopIteration as end:
+            job.future.set_result(end.value)
+        except BaseException as error:
+            job.future.set_exception(error)
+        else:
+            self._long[name] = job
+            self._ring.append(name)
 
     def _look_after(self) -> None:
         for take in list(self.takes.values()):

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from .metrics import Metrics
 from .naming import policy_named, reuse_named
 from .parking import Place, own_folder, private_folder
 from .pictures import first_image
-from .protocol import Bye, Changed, Fork, ModelInfo, NewSession, SessionInfo, SetPrompt, Welcome
+from .protocol import MAX_CHUNKS, Bye, Changed, Fork, ModelInfo, NewSession, SessionInfo, SetPrompt, Welcome
 from .scheduler import Worker
 from .settings import Settings
 from .stream import Viewer
@@ -128,11 +128,12 @@ class Service:
         if action.type == "save":
             self._check_disk(owner)
 
-        def act() -> dict[str, Any]:
+        def act() -> Generator[None, None, dict[str, Any]]:
+            take.check(action)
             worker.wake(take)
-            return take.apply(action)
+            return (yield from take.apply(action))
 
-        result = await _wait(worker.call(act))
+        result = await _wait(worker.call(act, take))
         log.info("steered", extra=take.log_extra | {"action": action.type})
         return result
 
@@ -145,29 +146,30 @@ class Service:
             take.channel.close(Bye(reason="deleted"))
             take.delete()
 
-        await _wait(worker.call(remove))
+        await _wait(worker.call(remove, take))
         log.info("session deleted", extra=take.log_extra)
 
     async def delete_snapshot(self, owner: str, name: str, snapshot: str) -> None:
         take, worker = self._home(owner, name)
-        await _wait(worker.call(lambda: self._drop_snapshot(take, snapshot)))
+        await _wait(worker.call(lambda: self._drop_snapshot(take, snapshot), take))
 
     async def park(self, owner: str, name: str) -> SessionInfo:
         """Send a session to disk now."""
         take, worker = self._home(owner, name)
         if take.channel.viewers:
             raise Refused(409, "watched", "somebody watches the session: it stays awake")
-        await _wait(worker.call(take.park))
+        await _wait(worker.call(take.park, take))
         return take.info()
 
     async def fork(self, owner: str, name: str, request: Fork) -> SessionInfo:
-        """A new session from a saved snapshot of this one, or from where it stands."""
+        """A new session from a saved snapshot of this one, or from where it stands: with `request.chunks` chunks to
+        come, or as many as this one had before it."""
         self._check_quota(owner)
         self._check_disk(owner)
         take, worker = self._home(owner, name)
         self._rate.count(owner)
 
-        def split() -> SessionInfo:
+        def split() -> Generator[None, None, SessionInfo]:
             self._check_quota(owner)
             if request.snapshot is None:
                 worker.wake(take)
@@ -175,7 +177,11 @@ class Service:
             else:
                 track = take.saved(request.snapshot)
                 base = track.bases()[-1]
-            told = take.request.model_copy(update={"paused": request.paused, "record": False})
+            length = take.length if request.chunks is None else request.chunks
+            total = None if length is None else base.chunk + length
+            if total is not None and total > MAX_CHUNKS:
+                raise LongtakeError(f"{length} chunks after {base.chunk}: a take has at most {MAX_CHUNKS}, ask for less")
+            told = take.request.model_copy(update={"paused": request.paused, "record": False, "chunks": total})
             child = self._new_take(worker, owner, told)
             try:
                 image = take.place.image()
@@ -184,20 +190,23 @@ class Service:
                 copy = track.branch(child.place.next_track(), base)
                 policy, prompt = take.policy, take.prompt
                 child.place.write(track=copy.folder.name, policy=policy, prompt=prompt, wanted=child.wanted,
-                                  created=child.created, chunk=base.chunk, since=base.chunk, frame=0)  # fmt: skip
+                                  created=child.created, chunk=base.chunk, since=base.chunk, frame=0,
+                                  length=length)  # fmt: skip
                 child.policy, child.prompt, child.chunk = policy, prompt, base.chunk
                 worker.wake(child)
+                self.takes[child.name] = child
+                yield from child.lengthen()
                 if request.prompt is not None:
-                    child.apply(SetPrompt(text=request.prompt))
+                    yield from child.apply(SetPrompt(text=request.prompt))
             except BaseException:
+                self.takes.pop(child.name, None)
                 worker.leave(child)
                 child.delete()
                 raise
-            self.takes[child.name] = child
             self.metrics.created.inc()
             return child.info()
 
-        return await _wait(worker.call(split))
+        return await _wait(worker.call(split, take))
 
     def recorded(self, owner: str, name: str) -> tuple[int, Path]:
         """Bytes of a session's recording that are whole by now, and its file."""
@@ -226,7 +235,7 @@ class Service:
             mime = take.channel.mime if kind == "mp4" else "image/jpeg"
             take.channel.attach(viewer, Welcome(session=take.info(), format=kind, mime=mime, timeline=take.timeline))
 
-        await _wait(worker.call(attach))
+        await _wait(worker.call(attach, take))
         return take, viewer
 
     def unwatch(self, take: Take, viewer: Viewer) -> None:
@@ -244,7 +253,7 @@ class Service:
         """Let the sessions that were running when their process was killed go on, without waiting to be asked."""
         for take in list(self.takes.values()):
             if take.wanted == "running" and take.place.manifest.get("awake", True):
-                self._worker_of(take).call(lambda t=take: self._go_on(t))  # type: ignore[misc]
+                self._worker_of(take).call(lambda t=take: self._go_on(t), take)  # type: ignore[misc]
 
     def drain(self) -> None:
         """Say goodbye to every viewer, and take nothing new; safe in a signal handler's thread."""
@@ -267,10 +276,10 @@ class Service:
             worker, told = self._worker_of(take), take.place.manifest
             for saved in told.get("saved", []):
                 if now - saved["created"] > self.settings.ttl_seconds:
-                    worker.call(lambda t=take, s=saved: self._drop_snapshot(t, s["id"])).result()  # type: ignore[misc]
+                    worker.call(lambda t=take, s=saved: self._drop_snapshot(t, s["id"]), take).result()  # type: ignore[misc]
                     self.metrics.expired.inc()
             if take.session is None and now - told.get("used", now) > self.settings.ttl_seconds:
-                worker.call(lambda t=take: self._expire(t)).result()  # type: ignore[misc]
+                worker.call(lambda t=take: self._expire(t), take).result()  # type: ignore[misc]
 
     # --- within -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from .strip import Sight
 log = logging.getLogger("longtake.serve")
 
 _MOMENTS = 100  # of a timeline that are kept
+_FOR_LATER = {"prompt": "prompt", "policy": "policy", "record": "recording", "resume": "resume"}  # need chunks to come
 
 
 class Take:
@@ -74,6 +76,7 @@ class Take:
         self._stats: dict[str, Any] = {}
         self._held: dict[str, int] = {}
         self.deleted = False
+        self.rebuilding = False  # its history is made anew, between the turns of others
 
     # --- what others see --------------------------------------------------------------------------------------------
 
@@ -83,7 +86,14 @@ class Take:
 
     @property
     def state(self) -> Any:
-        return self.wanted if self.session is not None or self.wanted == "failed" else "parked"
+        here = self.session is not None or self.rebuilding
+        return self.wanted if here or self.wanted == "failed" else "parked"
+
+    @property
+    def length(self) -> int | None:
+        """Chunks it was to have when it was created, or forked: those of a parent not among them."""
+        told: int | None = self.place.manifest.get("length", self.request.chunks)
+        return told
 
     @property
     def held_bytes(self) -> int:
@@ -170,6 +180,8 @@ class Take:
         self._unlogged = None
         if self.wanted == "failed":
             self.wanted = "paused"
+        if self._complete:  # a process may be killed between its last chunk and the word of it
+            self.wanted = "ended"
         if recovered:
             self.metrics.recovered.inc()
             self.metrics.recovery_seconds.observe(recovery.seconds)
@@ -258,13 +270,26 @@ class Take:
             log.error("chunk failed", extra=self.log_extra, exc_info=made)
             self._stop("the chunk could not be made; resume tries again")
 
-    def apply(self, action: Any) -> dict[str, Any]:
-        """Do what was asked; the answer is for whoever asked. Raises LongtakeError, and changes nothing then."""
+    def check(self, action: Any) -> None:
+        """Raise Refused for what would change nothing, because the take has all its chunks."""
+        if self.wanted != "ended" or action.type not in _FOR_LATER or (action.type == "record" and not action.on):
+            return
+        raise Refused(
+            409, "ended",
+            f"the take is at its end, all its {self.request.chunks} chunks are made, so a {_FOR_LATER[action.type]} "
+            "would change nothing: fork it, create a new session, or seek back to a snapshot",
+        )  # fmt: skip
+
+    def apply(self, action: Any) -> Generator[None, None, dict[str, Any]]:
+        """Do what was asked; the answer is for whoever asked. Others may have their turn wherever it yields. Raises
+        LongtakeError, and changes nothing then."""
         assert self.session is not None
         self.touch()
         self._log_late()
+        self.check(action)
         before = self.timeline
-        result: dict[str, Any] = getattr(self, f"_{action.type}")(action) or {}
+        done = getattr(self, f"_{action.type}")(action)
+        result: dict[str, Any] = ((yield from done) if isinstance(done, Generator) else done) or {}
         told = None if self.timeline is before else self.timeline
         self.channel.tell(Changed(session=self.info(), timeline=told))
         return result
@@ -290,8 +315,6 @@ class Take:
             self._mark(wanted=self.wanted)
 
     def _resume(self, action: Any) -> None:
-        if self.wanted == "ended":
-            raise Refused(409, "ended", f"the take has its {self.request.chunks} chunks: fork it, or seek back")
         if self.wanted == "paused":
             self.wanted, self.error = "running", None
             self._mark(wanted=self.wanted)
@@ -325,43 +348,61 @@ class Take:
         self._adopt(session, track)
         self._based = base.chunk
         self.prompt = str(session.prompt)
-        if self.wanted == "ended":
-            self.wanted = "paused"
+        if self._complete or self.wanted == "ended":
+            self.wanted = "ended" if self._complete else "paused"
         self._mark(prompt=self.prompt, policy=self.policy, wanted=self.wanted, timeline=self._happened("seek"))
         return {"chunk": session.index}
 
-    def _policy(self, action: Any) -> dict[str, Any]:
+    def _policy(self, action: Any) -> Generator[None, None, dict[str, Any]]:
+        started = time.perf_counter()
+        yield from self._rebuild(policy_named(action.policy))
+        self._mark(timeline=self._happened("policy"))
+        return {"policy": self.policy, "chunk": self._awake.index, "seconds": time.perf_counter() - started}
+
+    def lengthen(self) -> Generator[None, None, None]:
+        """Make room for the chunks of a fork, where its parent's history was as long as the parent."""
+        if self._awake.chunks not in (None, self.request.chunks):
+            yield from self._rebuild(policy_named(self.policy))
+
+    def _rebuild(self, policy: KVPolicy) -> Generator[None, None, None]:
+        """Make the history anew from the log, a chunk at a time. Until the last step the track before stays in force
+        on disk; meanwhile nothing else may touch the session (`scheduler` sees to it). Raises Refused, NoRoom or
+        LongtakeError, and the take stands as before then."""
         session, old_track = self._awake, self._awake_track
-        policy, index = policy_named(action.policy), session.index
+        index = session.index
         if not isinstance(session.sampler, ChunkedSampler):
             raise Refused(409, "not_replayable", "chunks of this model are in flight together: its policy stays")
         if index > self.settings.replay_chunks or set(range(index)) - set(old_track.chunks()):
             raise Refused(
                 409, "not_replayable",
-                f"the take has {index} chunks; its policy can change while all are logged, at most "
+                f"the take has {index} chunks; its history can be made anew while all are logged, at most "
                 f"{self.settings.replay_chunks}: fork an earlier snapshot, or begin a new session",
             )  # fmt: skip
-        started, before = time.perf_counter(), self.ledger.of(self.name)
-        noise = noise_state(session)
+        before, noise = self.ledger.of(self.name), noise_state(session)
         old_track.save(session)
         need = self._reserve(policy)
+        self.ledger.correct(self.name, max(before, need.total))  # what it had is free only once it is not wanted back
+        self.rebuilding = True
         self.session, self._sight = None, None  # its bytes are what the new one gets
         del session
         try:
             fresh = self._new_session(policy, need.residency)
-            old_track.replay(fresh, 0)
+            for _ in old_track.replaying(fresh, 0):
+                yield
             fresh.noise.restore(noise)
             track = old_track.rebase(self.place.next_track(), fresh)
             self.place.jump(track, policy=spec(fresh.policy))
         except BaseException:
             self.ledger.correct(self.name, before)
-            self.session, _ = old_track.restore(self.host)
-            self.session.noise.restore(noise)
+            again = old_track.restore(self.host)[0]
+            again.noise.restore(noise)
+            self._adopt(again, old_track)
             raise
+        finally:
+            self.rebuilding = False
+        self.ledger.correct(self.name, need.total)
         self._adopt(fresh, track)
         self._based = fresh.index
-        self._mark(timeline=self._happened("policy"))
-        return {"policy": self.policy, "chunk": index, "seconds": time.perf_counter() - started}
 
     def _record(self, action: Any) -> None:
         on = action if isinstance(action, bool) else action.on
@@ -459,11 +500,16 @@ class Take:
         self.chunk = session.index
         self._measure(session)
         self._show(session, chunk)
-        if self.request.chunks is not None and session.index >= self.request.chunks:
+        if self._complete:
             self._flush_stream()  # its last frames come before the news
             self.wanted = "ended"
             self._mark(wanted=self.wanted)
             self.channel.tell(Changed(session=self.info()))
+
+    @property
+    def _complete(self) -> bool:
+        """Whether all its chunks are made."""
+        return self.request.chunks is not None and self._awake.index >= self.request.chunks
 
     def _measure(self, session: Session) -> None:
         self._held = session.memory()

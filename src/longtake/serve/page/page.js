@@ -286,11 +286,20 @@ function show(session) {
   $("pause").textContent = session.state === "paused" ? "Resume" : "Pause";
   $("pause").disabled = !["running", "paused"].includes(session.state);
   $("record").setAttribute("aria-pressed", String(session.recording));
+  steerable(session.state !== "ended");
   timeline.saved = session.snapshots.map((s) => s.frame).filter((frame) => frame !== null);
   caption();
   recorded();
   snapshots();
   if (trouble) complain(new Error(session.error));
+}
+
+// A take with all its chunks has no next one, which a prompt, a policy or a recording could show in.
+function steerable(goesOn) {
+  $("ended").hidden = goesOn;
+  for (const form of ["steer-form", "policy-form"]) for (const node of $(form).elements) node.disabled = !goesOn;
+  if (goesOn) takePolicy.explain();
+  $("record").disabled = !goesOn && !take.recording;
 }
 
 function caption() {
