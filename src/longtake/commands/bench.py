@@ -67,6 +67,42 @@ def take(
     )  # fmt: skip
 
 
+@bench.command("endless")
+@shell.guarded
+def endless(
+    model: Annotated[str, Option("--model", "-m", help="A trained model: an embedded one, or a folder.")] = "tiny-wan",
+    policy: Annotated[
+        list[str] | None,
+        Option("--policy", "-p", help="What of the past is kept; may be repeated.", show_default="packforcing"),
+    ] = None,
+    shape: Annotated[str, Option(help="long, or micro to try it: what is not given below.")] = "long",
+    latent_frames: Annotated[
+        int | None, Option(help="Length of a take, rounded up to whole chunks.", show_default="2001")
+    ] = None,
+    seeds: Annotated[int | None, Option(help="Takes of every policy.", show_default="3")] = None,
+    pairs: Annotated[
+        int | None,
+        Option(help="Alternating replays of the early and the late snapshot, for each take.", show_default="10"),
+    ] = None,
+    out: Out = FOLDER, force: Force = False, as_json: AsJson = False,
+    device: Annotated[str | None, Option(help="cpu or cuda; default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default bfloat16 on a GPU.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads; default one for an embedded model.")] = None,
+) -> None:  # fmt: skip
+    """What becomes of a take of thousands of latent frames of a trained model: live memory, time late against early,
+    slopes of light, and whether anything still moves by its law."""
+    shell.check_folder(out)
+
+    from ..evaluate.bench_endless import MODEL, POLICIES, run
+
+    name = "endless" if model == MODEL else f"endless-{Path(model).name}"
+    _measure(
+        run, name, out, as_json,
+        shape=shape, model=model, policies=policy or POLICIES, latent_frames=latent_frames, seeds=seeds, pairs=pairs,
+        device=device, dtype=dtype, threads=threads, force=force,
+    )  # fmt: skip
+
+
 @bench.command("packcache")
 @shell.guarded
 def packcache(

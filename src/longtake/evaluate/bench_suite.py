@@ -45,6 +45,10 @@ SUITE = {
             ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "take_report:TakeReport",
         ),
         Entry(
+            "endless", "what becomes of thousands of latent frames of a trained model: memory, time, light, motion", 60,
+            ("long", "micro"), "endless_report:EndlessReport",
+        ),
+        Entry(
             "packcache", "a packed history on Lumos-1 against two ways of keeping all of it", 25,
             ("lumos-cpu", "lumos-1-1b", "lumos-1-3b", "lumos-micro"), "packcache_report:PackReport",
         ),

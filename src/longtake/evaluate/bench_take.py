@@ -29,6 +29,7 @@ from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, SlidingWindow
 from ..samplers.chunked import CLEAN_TIMESTEP, Schedule
 from ..session import Session
+from .bench_replay import replays
 from .bench_report import Target
 from .bench_shapes import SHAPES, Shape
 from .bench_stage import Progress, staged
@@ -160,20 +161,14 @@ def _take(bench: _Bench, early: Path, late: Path) -> None:
 
 
 def _pairs(bench: _Bench, early: Path, late: Path) -> None:
-    """Each replay is a fresh session with buffers of its own, so a lucky memory address favours neither side."""
-    times: dict[Path, list[float]] = {early: [], late: []}
-    for pair in range(bench.pairs):
-        for path in (early, late) if pair % 2 == 0 else (late, early):
-            session = Session.restore(path, bench.host)
-            next(session)
-            times[path].append(bench.chunk(session)[0])
-            del session
-            gc.collect()
-        bench.progress("pairs", pair + 1, bench.pairs)
+    first, last = replays(
+        early, late, bench.host, bench.pairs, lambda session: bench.chunk(session)[0],
+        lambda done: bench.progress("pairs", done, bench.pairs),
+    )  # fmt: skip
     bench.report.figures += [
-        Figure.of("early chunk", "ms", _ms(times[early]), bench.seed),
-        Figure.of("late chunk", "ms", _ms(times[late]), bench.seed),
-        Figure.of("late / early", "", ratios(times[late], times[early]), bench.seed),
+        Figure.of("early chunk", "ms", _ms(first), bench.seed),
+        Figure.of("late chunk", "ms", _ms(last), bench.seed),
+        Figure.of("late / early", "", ratios(last, first), bench.seed),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The slope of a measure over time, with an interval that knows that neighbouring seconds are alike."""
+"""The slope of a measure over time, with an interval that knows that neighbouring frames are alike."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST = 5  # seconds, to speak of a slope
+LEAST = 5  # blocks, to speak of a slope
 
 
 @dataclass(frozen=True)
 class Trend:
-    """`slope` per minute, and its 95 % interval; None where too few of the clip's seconds are independent to tell."""
+    """`slope` per minute, or another unit, and its 95 % interval; None where too few of the clip's blocks are
+    independent to tell."""
 
     slope: float
     low: float | None
@@ -21,18 +22,23 @@ class Trend:
 
 
 def trend(values: np.ndarray, fps: float) -> Trend | None:
-    """Least-squares slope per minute of a value per frame [T]; None for less than five seconds.
+    """Least-squares slope per minute of a value per frame [T]; None for less than five seconds. Frames are averaged
+    over whole seconds first."""
+    return line(values, max(1, round(fps)), 60 * fps)
 
-    Frames are averaged over whole seconds first. The interval takes the residuals as autoregressive of first order: of
-    n seconds with lag-one correlation r, n (1 − r) / (1 + r) are independent (Santer et al. 2000, J. Geophys. Res. 105,
-    D6).
+
+def line(values: np.ndarray, block: int, unit: float) -> Trend | None:
+    """Least-squares slope per `unit` values of values [T], averaged over whole blocks of `block` first; None for less
+    than five blocks.
+
+    The interval takes the residuals as autoregressive of first order: of n blocks with lag-one correlation r,
+    n (1 − r) / (1 + r) are independent (Santer et al. 2000, J. Geophys. Res. 105, D6).
     """
-    second = max(1, round(fps))
-    n = len(values) // second
+    n = len(values) // block
     if n < LEAST:
         return None
-    y = values[: n * second].reshape(n, second).mean(1)
-    x = (np.arange(n) + 0.5) * second / fps / 60  # minutes
+    y = values[: n * block].reshape(n, block).mean(1)
+    x = (np.arange(n) + 0.5) * block / unit
     x = x - x.mean()
     spread = float((x * x).sum())
     slope = float((x * y).sum()) / spread
