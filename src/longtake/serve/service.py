@@ -180,7 +180,7 @@ class Service:
             length = take.length if request.chunks is None else request.chunks
             total = None if length is None else base.chunk + length
             if total is not None and total > MAX_CHUNKS:
-                raise LongtakeError(f"{length} chunks after {base.chunk}: a take has at most {MAX_CHUNKS}, ask for less")
+                raise LongtakeError(f"{length} chunks after {base.chunk}: {MAX_CHUNKS} are the most, ask for less")
             told = take.request.model_copy(update={"paused": request.paused, "record": False, "chunks": total})
             child = self._new_take(worker, owner, told)
             try:
