@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import longtake
 from longtake import FullHistory, LongtakeError, SlidingWindow, policies
 from longtake.cli import app
-from longtake.compressors import DualBranch
+from longtake.compressors import DualBranch, LowResolution
 from longtake.evaluate.compare import arms as arm_names
 from longtake.evaluate.compare import footage as footage_module
 from longtake.evaluate.compare import runner, statistics, summary
@@ -323,6 +324,33 @@ def test_weights_of_a_trained_compressor_count(host):
     next(take)
     weights = sum(p.nbytes for p in compressor.parameters())
     assert weights > 0 and held(take)["total"] == take.memory()["total"] + weights == held(take)["device"]
+
+
+def test_policies_that_compress_stand_once_under_each_compressor(model, monkeypatch):
+    plan = runner.Plan(
+        (str(model),), ("packforcing", "window"), (21,), 1, (QUICK,), "cpu", compressors=("own", "low-resolution")
+    )
+    rows = [cell for cell in runner.cells(plan, []) if not cell.arm.control]
+    assert [cell.arm.name for cell in rows] == ["packforcing", "packforcing (low-resolution)", "window"]
+    assert rows[0].arm.policy == rows[1].arm.policy and len({cell.key for cell in rows}) == 3
+    assert rows[0].arm.made_by() is None and isinstance(rows[1].arm.made_by(), LowResolution)
+    with pytest.raises(LongtakeError, match="no policy here compresses"):
+        runner.cells(replace(plan, policies=("window",)), [])
+    with pytest.raises(LongtakeError, match="no compressor 'tall'"):
+        runner.cells(replace(plan, compressors=("tall",)), [])
+
+
+def test_a_models_compressor_counts_for_those_who_compress_only(model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    plain = fingerprint(copy)
+    assert fingerprint(copy, compressor=False) == plain
+    DualBranch.sized(tiny_vae.Z_DIM, 128).save_pretrained(copy / "compressor")
+    assert fingerprint(copy) != plain == fingerprint(copy, compressor=False)
+    cells = runner.cells(runner.Plan((str(copy),), ("packforcing", "window"), (21,), 1, (QUICK,), "cpu"), [])
+    assert {cell.arm.name: cell.weights == plain for cell in cells if not cell.arm.control} == {
+        "packforcing": False, "window": True,
+    }  # fmt: skip
 
 
 def test_a_cell_is_known_by_all_that_decides_it_and_by_nothing_else(model):

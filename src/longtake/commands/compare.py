@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 12, 200  # true latent frames
 SCENES = 32  # of every arm on the world
-WORLD_ONLY = ("protocol", "frames", "free", "gap")
+WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor")
 TAKES_ONLY = ("prompt", "seconds", "chunks", "reuse", "size", "steps", "guidance", "negative")
 
 
@@ -55,6 +55,13 @@ def compare(
         typer.Option(
             "--budget", metavar="N", help="History budget, in latent frames of full K/V; repeatable.",
             show_default="a third, two thirds and all of a training clip; for free takes none",
+        ),
+    ] = None,
+    compressor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compressor", metavar="NAME|DIR|own", show_default="own",
+            help="What compresses under policies that have compressed blocks: the model's own, or another; repeatable.",
         ),
     ] = None,
     protocol: Annotated[
@@ -145,7 +152,7 @@ def compare(
     given: dict[str, Any] = {
         "protocol": protocol, "frames": frames, "free": free, "gap": gap, "prompt": prompt, "seconds": seconds,
         "chunks": chunks, "reuse": reuse, "size": size, "steps": steps, "guidance": guidance, "negative": negative,
-        "model": model, "policy": policy, "budget": budget, "seeds": seeds,
+        "model": model, "policy": policy, "budget": budget, "seeds": seeds, "compressor": compressor,
     }  # fmt: skip
     takes = matrix is not None or bool(prompt)
     _check(given, matrix, takes)
@@ -256,8 +263,9 @@ def _plan_of_world(given: dict[str, Any], device: str | None) -> Plan:
     )
     models = tuple(dict.fromkeys(given["model"] or default_models()))
     return Plan(
-        models, tuple(given["policy"] or ()), tuple(given["budget"] or ()), given["seeds"] or SCENES, settings, device
-    )
+        models, tuple(given["policy"] or ()), tuple(given["budget"] or ()), given["seeds"] or SCENES, settings, device,
+        compressors=tuple(dict.fromkeys(given["compressor"] or ())),
+    )  # fmt: skip
 
 
 def _plan_of_takes(given: dict[str, Any], file: Path | None, device: str | None) -> Plan:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from ...compressors import Compressor
+from ...compressors import parse as parse_compressor
 from ...errors import LongtakeError
 from ...named import spec as described
 from ...plan import HistoryShape
@@ -15,13 +18,14 @@ from ...reuse import registry as reuses
 
 TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED = "truth", "frozen", "loop", "no history", "shuffled"
 CONTROLS = (TRUTH, FROZEN, LOOP, NO_HISTORY, SHUFFLED)
+OWN = "own"  # compressor
 MODEL_FREE = (TRUTH, FROZEN, LOOP)  # pictures made of the given frames, without a model
 
 
 @dataclass(frozen=True)
 class Arm:
     """One row of a comparison. `budget` is in bytes of history and None where nothing was fitted; `reuse` is None where
-    every forward is computed."""
+    every forward is computed; `compressor` names one other than the model's own."""
 
     name: str
     policy: KVPolicy | None = None
@@ -29,6 +33,7 @@ class Arm:
     budget: int | None = None
     reuse: ReusePolicy | None = None
     reuse_name: str = ""
+    compressor: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """What identifies the arm: name, the policy's own name and options, budget; and the same of reuse, if any."""
@@ -36,7 +41,18 @@ class Arm:
         told = {"name": self.name, "control": self.control, "policy": policy, "budget": self.budget}
         if self.reuse is not None:
             told |= {"reuse": reuses.describe(self.reuse), "reuse_name": self.reuse_name}
+        if self.compressor:
+            told["compressor"] = _compressor(self.compressor).describe()
         return told
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a compressor has a part in what comes out."""
+        return self.policy is not None and "compressed" in self.policy.requires
+
+    def made_by(self) -> Compressor | None:
+        """The compressor of a take, None for the model's own."""
+        return _compressor(self.compressor) if self.compressor else None
 
     @property
     def reference(self) -> Arm | None:
@@ -79,6 +95,23 @@ def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes
                 notes.append(f"{_at(spec, budget)} is the same policy as {_at(same.name, same.budget)}")
                 continue
             found.append(Arm(name, chosen, budget=budget))
+    return found
+
+
+def with_compressors(rows: Sequence[Arm], specs: Sequence[str]) -> list[Arm]:
+    """The rows, those that compress once under each compressor of `specs` ("own" is the model's); without specs as they
+    are. Raises LongtakeError for a compressor that there is none of, and if no row compresses."""
+    if not specs:
+        return list(rows)
+    for spec in specs:
+        if spec != OWN:
+            _compressor(spec)
+    if not any(row.compresses for row in rows):
+        raise LongtakeError("--compressor: no policy here compresses; add one that does, such as packforcing")
+    found: list[Arm] = []
+    for row in rows:
+        others = [replace(row, name=f"{row.name} ({spec})", compressor=spec) for spec in specs if spec != OWN]
+        found += [*([row] if OWN in specs else []), *others] if row.compresses else [row]
     return found
 
 
@@ -135,6 +168,11 @@ def _fitted(
         except LongtakeError as error:
             notes.append(f"{_at(spec, budget)}: {error}")
     return found or [(None, policy)]
+
+
+@lru_cache(maxsize=8)
+def _compressor(spec: str) -> Compressor:
+    return parse_compressor(spec)
 
 
 def _at(spec: str, budget: int | None) -> str:

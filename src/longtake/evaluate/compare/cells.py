@@ -157,10 +157,12 @@ def label_of(cell: Cell) -> str:
     return f"{label} + {arm.reuse_name}" if arm.reuse_name else label
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of what a model folder computes with: its description and its parts; notes of the training do not count."""
+def fingerprint(folder: Path, compressor: bool = True) -> str:
+    """Hash of what a model folder computes with: its description and its parts, with or without its compressor; notes
+    of the training do not count."""
     digest = hashlib.sha256()
-    files = [folder / "longtake.json", *(path for part in PARTS for path in (folder / part).rglob("*"))]
+    parts = [part for part in PARTS if compressor or part != "compressor"]
+    files = [folder / "longtake.json", *(path for part in parts for path in (folder / part).rglob("*"))]
     if not any((folder / part).is_dir() for part in PARTS):  # in a layout of its own, as Lumos-1 is published
         files = [path for path in folder.rglob("*") if path.name != "training.json" and path.parent.name != "work"]
     for path in sorted(path for path in files if path.suffix in _READ and path.is_file()):

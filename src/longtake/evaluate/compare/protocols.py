@@ -128,7 +128,7 @@ def _session(arm: Arm, footage: Footage, setting: Setting) -> Session:
     chunks = setting.length(footage.host) // footage.host.config.chunk_frames
     take = Session(
         footage.host, policy=arm.policy, prompt=footage.scene.caption, seed=footage.seed, height=lanes.SIZE,
-        width=lanes.SIZE, decode=False, chunks=chunks,
+        width=lanes.SIZE, decode=False, chunks=chunks, compressor=arm.made_by(),
     )  # fmt: skip
     if take.decoder is not None:
         take.decoder = Hurried(take.decoder, take.host)

@@ -20,7 +20,7 @@ from ...session import default_policy, history_shape
 from ...zoo import lanes
 from ..provenance import provenance
 from .against import compare_takes, likeness, reference_of
-from .arms import Arm, arms, controls, take_arms
+from .arms import Arm, arms, controls, take_arms, with_compressors
 from .cells import Cell, Store, fingerprint, label_of
 from .executor import Executor, Here, Job, Prepare, Processes
 from .footage import Footage, has_codec
@@ -45,6 +45,7 @@ class Plan:
     settings: tuple[Setting, ...] = (Setting(),)
     device: str | None = None
     takes: Matrix | None = None  # instead of settings
+    compressors: tuple[str, ...] = ()  # of policies that compress; empty: the model's own
 
     @property
     def classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -71,7 +72,7 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
         return _cells_of_takes(plan, plan.takes, notes)
     if plan.seeds < 1:
         raise LongtakeError(f"{plan.seeds} seeds: give at least 1")
-    listed: list[tuple[str, str, str, list[Arm]]] = []
+    listed: list[tuple[str, list[tuple[str, str, Arm]]]] = []
     for model in plan.models:
         host = _host(model, plan.device)
         if host.config.world != WORLD or not has_codec(host):
@@ -82,13 +83,14 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
         shape = shape_of(host)
         budgets = plan.budgets or default_budgets(host.config)
         rows = [*controls(shape, host.config.training_frames), *arms(plan.policies, budgets, shape, notes)]
-        listed.append((model, *_weights(model, host), rows))
+        rows = with_compressors(rows, plan.compressors)
+        listed.append((model, [(*_weights(model, host, arm), arm) for arm in rows]))
     return [
         Cell(model, weights, dtype, arm, seed, setting)
         for seed in range(plan.seeds)
         for setting in plan.settings
-        for model, weights, dtype, rows in listed
-        for arm in rows
+        for model, rows in listed
+        for weights, dtype, arm in rows
     ]
 
 
@@ -100,14 +102,13 @@ def _cells_of_takes(plan: Plan, matrix: Matrix, notes: list[str]) -> list[Cell]:
         geometry = host.geometry(matrix.height, matrix.width)
         guidance = host.config.guidance_scale if matrix.guidance is None else matrix.guidance
         shape = history_shape(host, geometry, streams=len(host.streams(guidance)))
-        weights = _weights(model, host)
         rows = take_arms(matrix.policies, matrix.budgets, matrix.reuse, shape, default_policy(host), notes)
         lengths = dict.fromkeys([*matrix.chunks, *(geometry.chunks(seconds) for seconds in matrix.seconds)])
         for chunks, prompt in itertools.product(lengths, matrix.prompts):
             setting = TakeSetting(
                 prompt, chunks, geometry.height, geometry.width, matrix.steps, matrix.guidance, matrix.negative
             )
-            listed += [(model, *weights, arm, setting) for arm in rows]
+            listed += [(model, *_weights(model, host, arm), arm, setting) for arm in rows]
     listed.sort(key=lambda each: bool(each[3].reuse))  # stable
     return [
         Cell(model, weights, dtype, arm, seed, setting)
@@ -197,7 +198,7 @@ def make(cell: Cell, store: Store, folder: Path, device: str | None) -> str:
                 outcome = make_take(cell.arm, host, setting, cell.seed, made)
                 store.put(cell, outcome, {**origin(), "config": cell.key}, made)
         else:
-            footage = _footage(cell.model, device, cell.weights, cell.seed, setting, folder)
+            footage = _footage(cell.model, device, cell.seed, setting, folder)
             started = time.perf_counter()
             store.put(cell, run(cell.arm, footage, setting), origin())
     except StoreError:
@@ -245,14 +246,20 @@ def _group(cell: Cell) -> int:
     return hash((cell.seed, cell.model, cell.setting.prompt))
 
 
-def _weights(model: str, host: Host) -> tuple[str, str]:
-    """Hash of a model's files, and the type it computes with."""
+def _weights(model: str, host: Host, arm: Arm) -> tuple[str, str]:
+    """Hash of the files that an arm computes with, and the type it does it in."""
+    own = arm.compresses and not arm.compressor
+    return _fingerprint(model, own), str(host.dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=16)
+def _fingerprint(model: str, compressor: bool) -> str:
     folder = embedded().get(model) or Path(model).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model, local_files_only=True))  # it has just been loaded
-    return fingerprint(folder), str(host.dtype).removeprefix("torch.")
+    return fingerprint(folder, compressor)
 
 
 def _reason(error: Exception) -> str:
@@ -266,9 +273,9 @@ def _host(model: str, device: str | None) -> Host:
 
 
 @lru_cache(maxsize=2)
-def _footage(model: str, device: str | None, weights: str, seed: int, setting: Setting, folder: Path) -> Footage:
+def _footage(model: str, device: str | None, seed: int, setting: Setting, folder: Path) -> Footage:
     host = _host(model, device)
-    cache = folder / "truth" / weights / "-".join(map(str, setting.gaps))
+    cache = folder / "truth" / _fingerprint(model, False) / "-".join(map(str, setting.gaps))
     return Footage(host, seed, setting.length(host), setting.gaps, cache)
 
 
