@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 import longtake
@@ -28,8 +30,12 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
+def invoked(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["batch", *(str(a) for a in arguments), "--device", "cpu", "--json"])
+
+
 def batch(*arguments: object) -> tuple[int, dict]:
-    done = CliRunner().invoke(app, ["batch", *(str(a) for a in arguments), "--device", "cpu", "--json"])
+    done = invoked(*arguments)
     assert done.exit_code in (0, 1), done.output
     return done.exit_code, json.loads(done.stdout)
 
@@ -40,23 +46,41 @@ def inodes(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A batch with good lines, the same line twice, and three that are wrong in different ways."""
+    """A batch with good lines, the same line twice, and one that shows to be wrong when it is made."""
     folder = tmp_path_factory.mktemp("batch")
-    file = write(
-        folder / "prompts.jsonl", BALL, "", '{"prompt": ', SQUARE | {"id": "square"}, BALL,
-        BALL | {"policy": "windw"}, BALL | {"size": "100000000x16"}, BALL | {"switch": [[9, "too late"]]},
-    )  # fmt: skip
+    file = write(folder / "prompts.jsonl", BALL, "", SQUARE | {"id": "square"}, BALL, BALL | {"switch": [[9, "late"]]})
     return file, folder / "out", *batch(file, "-o", folder / "out")
 
 
-def test_every_good_line_is_made_and_every_bad_one_is_told_with_its_number(finished):
+def test_every_good_line_is_made_and_one_that_fails_is_told_with_its_number(finished):
     _, out, code, report = finished
-    status = {row["line"]: row["status"] for row in report["lines"]}
-    assert status == {1: "made", 3: "wrong", 4: "made", 5: "kept", 6: "wrong", 7: "wrong", 8: "failed"} and code == 1
-    problem = {row["line"]: row.get("problem", "") for row in report["lines"]}
-    assert "not JSON" in problem[3] and "windw" in problem[6] and "size" in problem[7] and "last chunk" in problem[8]
+    assert {row["line"]: row["status"] for row in report["lines"]} == {1: "made", 3: "made", 4: "kept", 5: "failed"}
+    assert code == 1 and "last chunk" in report["lines"][-1]["problem"]
     assert [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] == report["lines"]
     assert not (out / ".work").exists()
+
+
+def test_what_is_wrong_with_lines_as_they_stand_is_told_at_once_and_nothing_is_started(finished, tmp_path):
+    _, out, _, _ = finished
+    wrong = {
+        2: '{"prompt": ', 4: BALL | {"policy": "windw"}, 5: BALL | {"size": "100000000x16"},
+        6: BALL | {"size": "60x64"}, 7: BALL | {"model": "tiny-shape"},
+        8: BALL | {"model": "tiny-lumos", "size": "61x64"}, 9: SQUARE | {"id": "square", "seed": 9},
+    }  # fmt: skip
+    said = {
+        2: "not JSON", 4: "windw", 5: "WIDTHxHEIGHT", 6: "60x64", 7: "model 'tiny-shape'", 8: "61x64", 9: "another id",
+    }  # fmt: skip
+    before = inodes(out)
+    file = write(tmp_path / "p.jsonl", BALL | {"seed": 77}, *(wrong.get(number, "") for number in range(2, 10)))
+    for where in (out, tmp_path / "new"):
+        done = invoked(file, "-o", where)
+        told = [number for number in wrong if where == out or number != 9]  # there the id is free
+        assert done.exit_code == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+        assert f"{len(told)} lines are wrong, so nothing was started" in done.stderr
+        parts = re.split(r"line (\d+): ", done.stderr)[1:]
+        assert [int(number) for number in parts[::2]] == told
+        assert all(said[number] in part for number, part in zip(told, parts[1::2], strict=True))
+    assert inodes(out) == before and not (tmp_path / "new").exists()
 
 
 def test_a_result_is_the_take_that_the_library_makes_and_says_where_it_came_from(finished):
@@ -71,12 +95,29 @@ def test_a_result_is_the_take_that_the_library_makes_and_says_where_it_came_from
     assert len({json.loads(p.read_text())["latents_sha256"] for p in out.glob(f"takes/*/{RECORD}")}) == 2
 
 
-def test_running_again_makes_nothing_twice(finished):
-    file, out, _, _ = finished
+def test_running_again_makes_nothing_twice_and_tells_the_figures_of_the_run_that_did(finished):
+    file, out, _, first = finished
     before = inodes(out)
     code, report = batch(file, "-o", out)
     assert report["made"] == 0 and report["kept"] == 3 and code == 1
     assert inodes(out) == before
+    assert (report["video_seconds"], report["work_seconds"]) == (0, 0)  # of this run
+    figures = [[(row[key]) for key in ("name", "frames", "seconds", "video_seconds")] for row in report["lines"][:3]]
+    assert figures == [
+        [(row[key]) for key in ("name", "frames", "seconds", "video_seconds")] for row in first["lines"][:3]
+    ]
+    assert [row["frames"] for row in report["lines"][:3]] == [9, 21, 9]
+    assert [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] == report["lines"]
+
+
+def test_a_kept_take_whose_record_has_no_figures_is_told_without(tmp_path):
+    job = Job.of(BALL, {})
+    with Results(tmp_path / "out") as results:
+        assert results.commit_bytes(b"video", {"digest": job.digest}, job)
+    _, report = batch(write(tmp_path / "p.jsonl", BALL), "-o", tmp_path / "out")
+    assert report["lines"] == [
+        {"line": 1, "status": "kept", "name": job.name, "problem": "its take.json has no figures"}
+    ]
 
 
 def test_an_id_names_one_take_for_ever(finished, tmp_path):
@@ -86,8 +127,8 @@ def test_an_id_names_one_take_for_ever(finished, tmp_path):
     )
     lines = read_lines(file, {})
     assert lines[2].job is None and "line 2" in lines[2].problem
-    _, report = batch(write(file, SQUARE | {"id": "square", "seed": 9}), "-o", out)
-    assert report["lines"][0]["status"] == "wrong" and "another id" in report["lines"][0]["problem"]
+    done = invoked(write(file, SQUARE | {"id": "square", "seed": 9}), "-o", out)
+    assert done.exit_code == 2 and "line 1" in done.stderr and "another id" in done.stderr
 
 
 def test_options_say_what_lines_leave_out(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +16,17 @@ STATUSES = ("made", "kept", "failed", "wrong", "stopped")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a line ended: `made` now, `kept` from before (or the same as another line), `failed`, or `wrong` as it
-    stands, with what was wrong; `stopped` if it was not come to."""
+    """How a line ended: `made` now, `kept` from before (or the same as another line) with the figures of the run that
+    made it, `failed`, or `wrong` as it stands, with what was wrong; `stopped` if it was not come to."""
 
     line: int
     status: str
     name: str | None = None
     problem: str | None = None
-    frames: int = 0
-    seconds: float = 0.0  # of work
-    video_seconds: float = 0.0
-    attempts: int = 1
+    frames: int | None = 0  # None of what follows: not known
+    seconds: float | None = 0.0  # of work
+    video_seconds: float | None = 0.0
+    attempts: int | None = 1
 
     def row(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -63,7 +63,7 @@ def run(lines: Sequence[Line], folder: Path, runner: Runner, go_on: Callable[[],
                 note(Outcome(line.number, "wrong", line.job.name, str(error)))
                 continue
             if found is not None:
-                note(Outcome(line.number, "kept", line.job.name))
+                note(_kept(line.number, line.job.name, found))
             elif line.job.name in wanted:
                 twins.append((line, wanted[line.job.name]))
             else:
@@ -78,7 +78,7 @@ def run(lines: Sequence[Line], folder: Path, runner: Runner, go_on: Callable[[],
         for line, first in twins:
             same = outcomes[first.number]
             status = "kept" if same.status == "made" else same.status
-            note(Outcome(line.number, status, same.name, same.problem))
+            note(replace(same, line=line.number, status=status))
         ordered = [outcomes[line.number] for line in lines]
         results.write_summary([outcome.row() for outcome in ordered])
     return ordered
@@ -91,6 +91,14 @@ def made(line: Line, record: dict[str, Any], first: bool, attempts: int = 1) -> 
         line.number, "made" if first else "kept", line.job.name, None, record["frames"], record["seconds"],
         record["video_seconds"], attempts,
     )  # fmt: skip
+
+
+def _kept(line: int, name: str, record: dict[str, Any]) -> Outcome:
+    """Of a take that an earlier run made, with its figures; how many attempts it took is not recorded."""
+    figures = [record.get(key) for key in ("frames", "seconds", "video_seconds")]
+    if not all(isinstance(figure, int | float) for figure in figures):
+        return Outcome(line, "kept", name, "its take.json has no figures", None, None, None, None)
+    return Outcome(line, "kept", name, None, *figures, attempts=None)  # type: ignore[arg-type]
 
 
 class Here:

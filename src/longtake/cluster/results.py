@@ -58,17 +58,8 @@ class Results:
         self.close()
 
     def record(self, job: Job) -> dict[str, Any] | None:
-        """Of a take that is there. Raises LongtakeError if its name belongs to another take."""
-        path = self.takes / job.name / RECORD
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            raise LongtakeError(f"{path} cannot be read: delete its folder, and the take is made again") from None
-        if found.get("digest") != job.digest:
-            raise LongtakeError(f"id {job.name!r} names another take in {self.takes}: give this line another id")
-        return found
+        """As `found` in this folder."""
+        return found(self.folder, job)
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
@@ -112,6 +103,22 @@ class Results:
             os.replace(hidden, self.folder / "results.jsonl")
         except OSError as error:
             raise LongtakeError(f"results.jsonl cannot be written: {error.strerror}") from error
+
+
+def found(folder: Path, job: Job) -> dict[str, Any] | None:
+    """The record of a take that is there, or None. Raises LongtakeError if its name belongs to another take."""
+    path = folder / "takes" / job.name / RECORD
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        raise LongtakeError(f"{path} cannot be read: delete its folder, and the take is made again")
+    if record.get("digest") != job.digest:
+        raise LongtakeError(f"id {job.name!r} names another take in {folder / 'takes'}: give this line another id")
+    return record
 
 
 def _to_disk(path: Path) -> None:

@@ -46,8 +46,9 @@ def batch(
 ) -> None:  # fmt: skip
     """Make every take of a file that is not in DIR yet. The options say what the lines leave out.
 
-    Run it again after Ctrl-C, a crash or a kill: what is there is kept, and nothing is made twice. A line that is wrong
-    or fails is told with its number, and does not stop the others; the exit code is then 1.
+    Run it again after Ctrl-C, a crash or a kill: what is there is kept, and nothing is made twice. Lines that are wrong
+    as they stand are told all at once, with their numbers, before anything is made (exit code 2). A line that fails
+    does not stop the others; the exit code is then 1.
     """
     if seconds is not None and chunks is not None:
         raise LongtakeError("--seconds and --chunks: give one of them")
@@ -58,6 +59,7 @@ def batch(
         raise LongtakeError("--workers is for Ray: add --ray, or --ray-address")
 
     from ..cluster import batch as batches
+    from ..cluster.checking import check
     from ..cluster.connecting import connected, slots
     from ..cluster.farm import Farm
     from ..cluster.jobs import read_lines
@@ -65,6 +67,7 @@ def batch(
 
     defaults = {"model": model, "policy": policy, "reuse": reuse, "seconds": seconds, "chunks": chunks, "size": size}
     lines = read_lines(prompts, defaults)
+    check(lines, prompts, output)
     done = 0
 
     def told(outcome: Outcome) -> None:
@@ -86,7 +89,8 @@ def batch(
         stop = around.enter_context(shell.StopAsked())
         outcomes = batches.run(lines, output, runner, lambda: not stop.asked, told)
     counts = {status: sum(o.status == status for o in outcomes) for status in batches.STATUSES}
-    video, work = sum(o.video_seconds for o in outcomes), sum(o.seconds for o in outcomes)
+    new = [outcome for outcome in outcomes if outcome.status == "made"]
+    video, work = sum(o.video_seconds or 0 for o in new), sum(o.seconds or 0 for o in new)
     report = {
         "output": str(output), **counts, "video_seconds": video, "work_seconds": work,
         "lines": [outcome.row() for outcome in outcomes],

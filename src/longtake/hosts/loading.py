@@ -59,32 +59,18 @@ def load(
         )
     device = _device(device)
     dtype = _dtype(dtype, device)
-    name, found = str(source), embedded().get(str(source))
-    folder = found or Path(source).expanduser()
-    fetched = not folder.is_dir() and name.startswith(lumos.REPOSITORY)
+    name = str(source)
+    folder = find(name, causal)
+    fetched = folder is None and name.startswith(lumos.REPOSITORY)
     if fetched:
         folder = lumos.download(name)
-    if lumos.recognised(folder):
+    if folder is not None and lumos.recognised(folder):
         return lumos.from_folder(
             folder, name, device, dtype, tokenizer=tokenizer, allow_torchscript=allow_torchscript, fetch=fetched
         )
     if tokenizer is not None or allow_torchscript:
         raise LongtakeError(f"{name} is no Lumos-1 model: it takes no video tokenizer of its own")
-    if not folder.is_dir():
-        if folder.is_file():
-            raise LongtakeError(
-                f"{folder} is a file: make a model folder of it with `longtake convert {folder} OUT --base WAN`"
-            )
-        if not _looks_like_hub_id(name):
-            names = ", ".join(embedded()) or "none"
-            raise LongtakeError(
-                f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id"
-            )
-        if causal is None and name not in KNOWN_CAUSAL and not diffusion_forcing(name):
-            raise LongtakeError(
-                f"there is no folder {name}, and as a Hub id it is not known to be causal, so nothing was fetched: "
-                f"check the path, use {' or '.join(KNOWN_CAUSAL)}, or say causal=True (--causal) to fetch it"
-            )
+    if folder is None:
         folder = _download(name)
     from .magi.files import is_magi, load_magi
 
@@ -94,6 +80,31 @@ def load(
         return load_magi(folder, name, device, dtype, text_encoder)
     config = _config(name, folder, causal)
     return _from_folder(folder, config, name, device, dtype, text_encoder)
+
+
+def find(name: str, causal: bool | str | None = None) -> Path | None:
+    """The folder of the model that `load` is given by this name; None for a Hub id that it would fetch. Reads no file
+    and fetches nothing. Raises LongtakeError where there is neither."""
+    folder = embedded().get(name) or Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith(lumos.REPOSITORY):
+        return None
+    if folder.is_file():
+        raise LongtakeError(
+            f"{folder} is a file: make a model folder of it with `longtake convert {folder} OUT --base WAN`"
+        )
+    if not _looks_like_hub_id(name):
+        names = ", ".join(embedded()) or "none"
+        raise LongtakeError(
+            f"no model {name!r}: give an embedded model ({names}), a folder in diffusers format, or a Hub id"
+        )
+    if causal is None and name not in KNOWN_CAUSAL and not diffusion_forcing(name):
+        raise LongtakeError(
+            f"there is no folder {name}, and as a Hub id it is not known to be causal, so nothing was fetched: "
+            f"check the path, use {' or '.join(KNOWN_CAUSAL)}, or say causal=True (--causal) to fetch it"
+        )
+    return None
 
 
 def _config(name: str, folder: Path | None, causal: bool | str | None) -> HostConfig:
