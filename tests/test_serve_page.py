@@ -318,6 +318,26 @@ def test_pause_record_and_download(browser, client, tmp_path):
         page.get_by_role("button", name="Pause").wait_for()
 
 
+def test_at_its_end_a_take_offers_no_change_and_its_fork_does(browser, client):
+    name = client.create(RED, seed=7, pace="free", chunks=1)["id"]
+    until(lambda: client.session(name)["state"] == "ended")
+    with opened(browser, client.url) as page:
+        page.goto(f"{client.url}/#take={name}")
+        page.reload()
+        page.get_by_text("All chunks of this take are made").wait_for()
+        names = ("Change the prompt", "Change the policy", "Record")
+        ways = [page.get_by_role("button", name=words) for words in names]
+        ways += [page.get_by_label("Prompt from the next chunk on"), page.get_by_label("KV policy").first]
+        assert all(way.is_disabled() for way in ways)
+        page.get_by_role("button", name="Fork", exact=True).click()
+        until(lambda: page.evaluate("location.hash") != f"#take={name}")
+        child = page.evaluate("location.hash").removeprefix("#take=")
+        assert client.session(child)["chunks"] == 2
+        until(lambda: client.session(child)["state"] == "ended")
+        page.get_by_text("chunk 2 of 2").wait_for()
+        assert page.evaluate(AUDIT) == []
+
+
 def test_another_policy_is_taken_and_a_wrong_one_is_explained(browser, client):
     with opened(browser, client.url, quiet=False) as page:  # a browser notes a refused request on its console
         name = begin(page, RED)
