@@ -65,7 +65,7 @@ def test_what_is_wrong_with_lines_as_they_stand_is_told_at_once_and_nothing_is_s
     wrong = {
         2: '{"prompt": ', 4: BALL | {"policy": "windw"}, 5: BALL | {"size": "100000000x16"},
         6: BALL | {"size": "60x64"}, 7: BALL | {"model": "tiny-shape"},
-        8: BALL | {"model": "tiny-lumos", "size": "61x64"}, 9: SQUARE | {"id": "square", "seed": 9},
+        8: BALL | {"model": "tiny-skyreels", "size": "61x64"}, 9: SQUARE | {"id": "square", "seed": 9},
     }  # fmt: skip
     said = {
         2: "not JSON", 4: "windw", 5: "WIDTHxHEIGHT", 6: "60x64", 7: "model 'tiny-shape'", 8: "61x64", 9: "another id",
