@@ -43,7 +43,6 @@ from .metrics.trend import line
 
 MODEL, POLICIES = "tiny-wan", ("packforcing",)
 LATENT_FRAMES = 2000  # fewer are measured if asked for, and judged by no target
-MARKS = 48  # looks at what is held, about
 SETTLED = 3  # chunks without growth, until a history counts as full
 BLOCK = 20  # latent frames whose light is averaged
 UNIT = 1000  # latent frames a slope is for
@@ -53,18 +52,19 @@ RENDER = 480  # frames of a true scene drawn at once
 
 @dataclass(frozen=True)
 class Length:
-    """A named size of the benchmark: latent frames of a take, seeds, pairs of replays for each, and latent frames at
-    either end in which motion is read."""
+    """A named size of the benchmark: latent frames of a take, seeds, pairs of replays for each, latent frames at either
+    end in which motion is read, and about how many times all live tensors are counted."""
 
     name: str
     latent_frames: int
     seeds: int
     pairs: int
     edge: int
+    marks: int
 
 
 SHAPES = {
-    length.name: length for length in (Length("long", 2001, 3, 10, 200), Length("micro", 60, 1, 2, 24))
+    length.name: length for length in (Length("long", 2001, 3, 10, 200, 48), Length("micro", 60, 1, 2, 24, 4))
 }  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _footage(bench: _Bench, seed: int) -> Footage | None:
 def _take(bench: _Bench, spec: str, policy: KVPolicy, seed: int, footage: Footage | None, folder: Path) -> EndlessTake:
     session = bench.session(policy, seed, footage)
     early, late = folder / "early.safetensors", folder / "late.safetensors"
-    every, frames_made = max(1, bench.chunks // MARKS), 0
+    every, frames_made = max(1, bench.chunks // bench.report.shape["marks"]), 0
     marks: list[Mark] = []
     seconds: list[float] = []
     courses: dict[str, list[np.ndarray]] = {name: [] for name in LIGHT}

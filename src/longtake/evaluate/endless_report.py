@@ -149,8 +149,8 @@ def draw(report: EndlessReport) -> bytes:
         steps = [chunk * (n + 1) for n in range(len(take.chunk_ms))]
         times.plot(steps, take.chunk_ms, label=label, **{**style, "lw": 0.5})
     light.set(title="mean luma, dotted: contrast", xlabel="latent frame", ylabel="grey levels")
-    held.set(title="live tensors", xlabel="latent frame", ylabel="MB", ylim=(0, None))
-    times.set(title="one chunk, decoding apart", xlabel="latent frame", ylabel="ms", ylim=(0, None))
+    held.set(title="live tensors", xlabel="latent frame", ylabel="MB", ylim=(0, 1.1 * held.get_ylim()[1]))
+    times.set(title="one chunk, decoding apart", xlabel="latent frame", ylabel="ms", ylim=(0, times.get_ylim()[1]))
     for axes in (light, held, times):
         axes.grid(alpha=0.25, lw=0.6)
         axes.legend(frameon=False, fontsize=7)

@@ -75,16 +75,17 @@ def passages(video: np.ndarray, scene: Scene, number: int) -> list[bool]:
     """
     law = scene.lanes[number]
     assert law is not None
-    reading = readback.read(video, scene, number)
+    count, x, _ = readback.locate(video, scene, number)
     found = []
-    for _, visit in comings(reading.count > 0):
+    for _, visit in comings(count > 0):
         if len(visit) >= STRIDE and visit[-1] < len(video) - STRIDE:
-            found.append(_fits(reading, law, visit))
+            found.append(_fits(np.where(count == 1, x, np.nan), law, visit))
     return found
 
 
-def _fits(reading: readback.Reading, law: Lane, visit: list[int]) -> bool:
-    places = reading.x[visit]
+def _fits(seen: np.ndarray, law: Lane, visit: list[int]) -> bool:
+    """Whether the places [T] of the one thing that is seen (NaN: none, or several) fit a walk in the frames `visit`."""
+    places = seen[visit]
     if np.isnan(places).all():
         return False
     side = -1 if np.nanmedian(places) < law.post + PILLAR / 2 else 1
@@ -92,11 +93,11 @@ def _fits(reading: readback.Reading, law: Lane, visit: list[int]) -> bool:
     if visit[-1] - visit[0] >= (length + 2) * STRIDE:
         return False
     walk = replace(law, visits=(Visit(0, length, side),))
-    frames = np.arange(len(reading.x))
+    frames = np.arange(len(seen))
     for start in range(visit[0] - 3 * STRIDE, visit[0] + STRIDE + 1):
         x = walk.at(frames - start - STRIDE + 1)[0]  # latent frame 0 of the walk begins at pixel frame `start`
         due = (x < law.post - RADIUS - 3) | (x > law.post + PILLAR + RADIUS + 3)
-        near = due & (reading.count == 1) & (np.abs(reading.x - x) <= TOLERANCE)
+        near = due & (np.abs(seen - x) <= TOLERANCE)
         if due.any() and near.sum() >= FITS * due.sum():
             return True
     return False

@@ -33,6 +33,18 @@ class Reading:
 
 def read(video: np.ndarray, scene: Scene, lane: int) -> Reading:
     """Read lane number `lane` of uint8 [T, SIZE, SIZE, 3]; it must have an actor by law, somewhere."""
+    count, x, whole = locate(video, scene, lane)
+    law = scene.lanes[lane]
+    assert law is not None
+    colour, texture = np.full(len(video), -1), np.full(len(video), -1)
+    if whole.any():
+        zone = video[whole, lane * LANE + FRIEZE : (lane + 1) * LANE, :TRACK].astype(np.float32)
+        colour[whole], texture[whole] = _identify(zone, law, x[whole])
+    return Reading(count, x, colour, texture)
+
+
+def locate(video: np.ndarray, scene: Scene, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where something stands on a lane, not what: `count` and `x` of a `Reading`, and whether it is whole, all [T]."""
     law = scene.lanes[lane]
     if law is None:
         raise ValueError(f"lane {lane} has no actor to be read")
@@ -51,10 +63,7 @@ def read(video: np.ndarray, scene: Scene, lane: int) -> Reading:
             x[t] = (a + b) / 2
             # half hidden: it touches the pillar
             whole[t] = (b - a >= NARROWEST and b < law.post - 1) or (b - a >= NARROWEST and a > law.post + PILLAR + 1)
-    colour, texture = np.full(frames, -1), np.full(frames, -1)
-    if whole.any():
-        colour[whole], texture[whole] = _identify(zone[whole], law, x[whole])
-    return Reading(count, x, colour, texture)
+    return count, x, whole
 
 
 def clock(video: np.ndarray) -> np.ndarray:
