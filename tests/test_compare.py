@@ -340,6 +340,12 @@ def test_policies_that_compress_stand_once_under_each_compressor(model, monkeypa
         runner.cells(replace(plan, compressors=("tall",)), [])
 
 
+def test_a_model_with_several_chunks_in_flight_is_refused_with_what_to_do_instead():
+    assert "tiny-skyreels" not in runner.default_models() and "tiny-wan" in runner.default_models()
+    with pytest.raises(LongtakeError, match=r"several chunks in flight.*bench flowcache"):
+        runner.cells(runner.Plan(("tiny-skyreels",), ("window",), (21,), 1, (QUICK,), "cpu"), [])
+
+
 def test_a_models_compressor_counts_for_those_who_compress_only(model, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)

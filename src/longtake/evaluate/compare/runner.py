@@ -55,8 +55,10 @@ class Plan:
 
 
 def default_models() -> tuple[str, ...]:
-    """The embedded models that were trained on the world. Raises LongtakeError if there is none."""
-    found = tuple(name for name, folder in embedded().items() if HostConfig.read(folder).world == WORLD)
+    """The embedded models that were trained on the world and finish a chunk before the next. Raises LongtakeError if
+    there is none."""
+    read = {name: HostConfig.read(folder) for name, folder in embedded().items()}
+    found = tuple(name for name, config in read.items() if config.world == WORLD and config.sampler != "staggered")
     if not found:
         raise LongtakeError(
             "no embedded model was trained on the procedural world: give --model with a folder that "
@@ -79,6 +81,11 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
             raise LongtakeError(
                 f"{model} was not trained on the procedural world, so there is no ground truth to read it against: "
                 "give tiny-wan, tiny-wan-long, or a folder that `longtake train tiny-wan` wrote"
+            )
+        if host.config.sampler == "staggered":
+            raise LongtakeError(
+                f"{model} has several chunks in flight, so a past cannot be put under it chunk by chunk: compare free "
+                "takes of it (--prompt), or judge reuse and compression on it with `longtake bench flowcache`"
             )
         shape = shape_of(host)
         budgets = plan.budgets or default_budgets(host.config)
