@@ -95,10 +95,10 @@ def made(line: Line, record: dict[str, Any], first: bool, attempts: int = 1) -> 
 
 def _kept(line: int, name: str, record: dict[str, Any]) -> Outcome:
     """Of a take that an earlier run made, with its figures; how many attempts it took is not recorded."""
-    figures = [record.get(key) for key in ("frames", "seconds", "video_seconds")]
-    if not all(isinstance(figure, int | float) for figure in figures):
+    frames, seconds, video = (record.get(key) for key in ("frames", "seconds", "video_seconds"))
+    if not all(isinstance(figure, int | float) for figure in (frames, seconds, video)):
         return Outcome(line, "kept", name, "its take.json has no figures", None, None, None, None)
-    return Outcome(line, "kept", name, None, *figures, attempts=None)  # type: ignore[arg-type]
+    return Outcome(line, "kept", name, None, frames, seconds, video, None)
 
 
 class Here:

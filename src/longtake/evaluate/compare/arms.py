@@ -38,7 +38,7 @@ class Arm:
     def as_dict(self) -> dict[str, Any]:
         """What identifies the arm: name, the policy's own name and options, budget; and the same of reuse, if any."""
         policy = registry.describe(self.policy) if self.policy is not None else None
-        told = {"name": self.name, "control": self.control, "policy": policy, "budget": self.budget}
+        told: dict[str, Any] = {"name": self.name, "control": self.control, "policy": policy, "budget": self.budget}
         if self.reuse is not None:
             told |= {"reuse": reuses.describe(self.reuse), "reuse_name": self.reuse_name}
         if self.compressor:
