@@ -21,7 +21,7 @@ A = (
 B = (
     ("recall_colour", "colour recalled"), ("recall_texture", "texture recalled"),
     ("chunks_to_first_error", "chunks to first error"), ("clock_lawful", "clock lawful"),
-    ("luma_slope", "luma slope"), ("contrast_slope", "contrast slope"),
+    ("luma_slope", "luma, grey levels / 1,000"), ("contrast_slope", "contrast, the same"),
 )  # fmt: skip
 
 
