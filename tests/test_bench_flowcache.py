@@ -14,7 +14,7 @@ from longtake.evaluate import bench_flowcache
 from longtake.evaluate.bench_flowcache import SHAPES
 from longtake.evaluate.flowcache_arms import SKIPPED, Arm, arms, calibrated, skipped
 from longtake.evaluate.flowcache_quality import quality
-from longtake.evaluate.flowcache_report import PIPELINE, FlowCacheReport
+from longtake.evaluate.flowcache_report import PIPELINE, FlowCacheReport, QualityRow
 from longtake.hosts.base import HostConfig
 from longtake.hosts.skyreels import SkyReels
 from longtake.reuse import FlowCacheReuse
@@ -112,6 +112,24 @@ def test_takes_are_compared_with_the_ones_of_the_same_noise(drawn: SkyReels) -> 
     assert rows["some"].skipped == 0.5 and rows["some"].psnr[0] < 80
     assert rows["none"].events == rows["some"].events
     assert all(rate.gap == 0 for rate in rows["all"].read.values())
+
+
+def test_a_judgement_is_taken_over_of_the_same_weights_and_thresholds_only() -> None:
+    def report(weights: str, threshold: float, *rows: QualityRow) -> FlowCacheReport:
+        return FlowCacheReport(
+            command="earlier", forced=True, shape={}, settings={"weights": weights, "seeds": len(rows)}, provenance={},
+            others_busy={"before": None, "during": None}, counts={"thresholds": {"slow": threshold}}, quality=[*rows],
+        )  # fmt: skip
+
+    judged, now = report("a", 0.1, QualityRow("none", "none", 0.0)), report("a", 0.1)
+    bench_flowcache._take_over(now, judged)
+    assert (
+        now.quality == judged.quality and now.settings["seeds"] == 1 and now.settings["judged"]["command"] == "earlier"
+    )
+    for other, word in ((report("b", 0.1), "weights"), (report("a", 0.2), "thresholds")):
+        with pytest.raises(LongtakeError, match=f"of {word}.*judge again"):
+            bench_flowcache._take_over(other, judged)
+        assert other.quality == []
 
 
 def test_a_model_of_another_world_is_not_judged(host: SkyReels) -> None:

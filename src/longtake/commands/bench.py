@@ -175,6 +175,10 @@ def flowcache(
     ] = "tiny-skyreels",
     rounds: Annotated[int, Option(help="Takes of every arm that are timed; 0 times nothing.")] = 5,
     seeds: Annotated[int, Option(help="Seeds whose takes are judged; 0 judges nothing.")] = 16,
+    judged: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Take the judgement over from a report of --rounds 0: it needs no idle machine."),
+    ] = None,
     out: Out = FOLDER, force: Force = False, as_json: AsJson = False, device: Device = None, dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:  # fmt: skip
@@ -183,11 +187,12 @@ def flowcache(
     shell.check_folder(out)
 
     from ..evaluate.bench_flowcache import run
+    from ..evaluate.flowcache_report import FlowCacheReport
 
     _measure(
         run, "flowcache", out, as_json,
         shape=shape, model=None if model == "none" else model, rounds=rounds, seeds=seeds, device=device, dtype=dtype,
-        threads=threads, force=force,
+        threads=threads, force=force, judged=None if judged is None else FlowCacheReport.read(judged),
     )  # fmt: skip
 
 

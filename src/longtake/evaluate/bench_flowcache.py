@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,12 +26,13 @@ from torch import Tensor
 from ..errors import LongtakeError
 from ..history import History
 from ..hosts.base import HostConfig
-from ..hosts.loading import load
+from ..hosts.loading import embedded, load
 from ..hosts.skyreels import SkyReels
 from ..plan import Entry, Plan
 from ..session import Session, history_shape
 from .bench_report import Target
 from .bench_stage import Progress, Stage, staged
+from .compare.cells import fingerprint
 from .flowcache_arms import Arm, arms
 from .flowcache_quality import quality
 from .flowcache_report import PIPELINE, FlowCacheReport, ShapeTime, SpeedRow
@@ -110,12 +112,14 @@ SHAPES = {
 def run(
     shape: str | SkyShape = "cpu-sky", *, model: str | None = MODEL, rounds: int = ROUNDS, seeds: int = SEEDS,
     device: str | None = None, dtype: str | None = None, threads: int | None = None, force: bool = False, seed: int = 0,
-    command: str = "", progress: Progress | None = None,
+    judged: FlowCacheReport | None = None, command: str = "", progress: Progress | None = None,
 ) -> FlowCacheReport:  # fmt: skip
     """Measure takes of a named shape and of `model` (None: of the shape alone) in `rounds`, and what changes in takes
-    of `seeds` seeds; 0 of either leaves that part out.
+    of `seeds` seeds; 0 of either leaves that part out. `judged` is an earlier report of the same model, whose judgement
+    of its takes is taken over instead: that needs no quiet machine.
 
-    Raises LongtakeError for an unknown shape, device, dtype or model, and on a busy machine unless `force`.
+    Raises LongtakeError for an unknown shape, device, dtype or model, for a report of another model, and on a busy
+    machine unless `force`.
     """
     shape = named(shape, SHAPES)
     where = place(device or shape.device, shape.name, "cpu-sky")
@@ -124,11 +128,19 @@ def run(
     if seeds and model is None:
         raise LongtakeError(f"{seeds} seeds need a model to judge: give --model, or --seeds 0")
     trained = None if model is None else _trained(model, where)
+    if judged is not None and (trained is None or not judged.quality):
+        raise LongtakeError("a judgement is taken over from a report that has one, and for a model: see --rounds 0")
     with staged(where, dtype or shape.dtype, threads=threads, force=force, command=command, progress=progress) as stage:
         settings = stage.settings | {"rounds": rounds, "seeds": seeds, "seed": seed, "model": model, "repeats": REPEATS}
         report = FlowCacheReport(shape=asdict(shape), settings=settings, **stage.head)
         report.missing = stage.others(SHAPES)
         ways = [] if trained is None else arms(trained, trained.geometry(), trained.config.training_frames)
+        if model is not None:
+            folder = embedded().get(model) or Path(model).expanduser()
+            report.settings["weights"] = fingerprint(folder) if folder.is_dir() else None
+            report.counts["thresholds"] = _thresholds(ways)
+        if judged is not None:
+            _take_over(report, judged)
         if rounds:
             host = shape.host(where, stage.dtype, seed)
             said = torch.randn(1, shape.text_tokens, shape.text_dim, generator=torch.Generator().manual_seed(seed))
@@ -137,10 +149,34 @@ def run(
                 words = trained.encode_prompt([next(iter(trained.config.prompts), "a ball")])
                 _speed(report, trained, ways, words, rounds, stage)
             _judge(report)
-        if trained is not None and seeds:
+        if trained is not None and seeds and judged is None:
             report.quality = quality(trained, ways, range(seeds), lambda n, of: stage.progress("quality", n, of))
-        _count(report, ways)
+        report.counts["likeness"] = {
+            row.arm: {"psnr": float(np.mean(row.psnr)), "ssim": float(np.mean(row.ssim))}
+            for row in report.quality
+            if row.psnr
+        }
     return report
+
+
+def _thresholds(ways: Sequence[Arm]) -> dict[str, float]:
+    """Those of the trained model, which its preset takes over."""
+    found = {arm.name: getattr(arm.reuse, "threshold", None) for arm in ways if "," not in arm.name}
+    return {name: float(f"{at:.4g}") for name, at in found.items() if at is not None}
+
+
+def _take_over(report: FlowCacheReport, judged: FlowCacheReport) -> None:
+    """The judgement of an earlier report, if it is of the same weights at the same thresholds."""
+    for what, now, then in (
+        ("weights", report.settings["weights"], judged.settings.get("weights")),
+        ("thresholds", report.counts["thresholds"], judged.counts.get("thresholds")),
+    ):
+        if now != then:
+            raise LongtakeError(f"the judgement is of {what} {then}, and now they are {now}: judge again (--rounds 0)")
+    report.quality = judged.quality
+    report.settings |= {
+        "seeds": judged.settings["seeds"], "judged": {"command": judged.command, "provenance": judged.provenance},
+    }  # fmt: skip
 
 
 def _trained(model: str, where: torch.device) -> SkyReels:
@@ -265,14 +301,3 @@ def _judge(report: FlowCacheReport) -> None:
                 f"{row.model}, {row.arm}: times by (queries, keys) predict the take", f"within {PREDICTS:.0%}",
                 f"{off:+.1%}", judged, "" if judged is not None else "too small for forwards to dominate",
             ))  # fmt: skip
-
-
-def _count(report: FlowCacheReport, ways: Sequence[Arm]) -> None:
-    """The trained model's thresholds, which its preset takes over; and likeness, as means over seeds."""
-    thresholds = {arm.name: getattr(arm.reuse, "threshold", None) for arm in ways if "," not in arm.name}
-    report.counts["thresholds"] = {name: float(f"{at:.4g}") for name, at in thresholds.items() if at is not None}
-    report.counts["likeness"] = {
-        row.arm: {"psnr": float(np.mean(row.psnr)), "ssim": float(np.mean(row.ssim))}
-        for row in report.quality
-        if row.psnr
-    }
