@@ -147,14 +147,6 @@ def restore(
         raise LongtakeError(
             f"{path} was made with {description['dtype']} weights, the model has {host.dtype}: load it with that dtype"
         )
-    now = {**environment(), "device": host.device.type}
-    then = {**description["environment"], "device": description["device"]}
-    if changed := {k: (v, now.get(k)) for k, v in then.items() if now.get(k) != v}:
-        listed = ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items())
-        warnings.warn(
-            f"the snapshot was made in another environment ({listed}): the continuation may differ in rounding",
-            stacklevel=3,
-        )
     name, options = description["reuse"]
     if reuse is None and name not in reuse_policies.available():
         raise LongtakeError(f"the snapshot was made with reuse policy {name} {options}: pass it as reuse=")
@@ -217,6 +209,14 @@ def restore(
         session._frames = session._staggered.ends_at = flight["frames"]
         session._staggered.load_state_dict(part("flight/"), flight["place"])
         session._reuse.load_state_dict({k: v.to(host.device) for k, v in part("reuse/").items()}, flight["reuse"])
+    now = {**environment(), "device": host.device.type}
+    then = {**description["environment"], "device": description["device"]}
+    if changed := {k: (v, now.get(k)) for k, v in then.items() if now.get(k) != v}:
+        listed = ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items())
+        warnings.warn(
+            f"the snapshot was made in another environment ({listed}): the continuation may differ in rounding",
+            stacklevel=3,
+        )
     return session
 
 
