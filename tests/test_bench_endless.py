@@ -167,9 +167,10 @@ def test_a_report_is_read_back_as_it_was_and_fills_its_block(report, tmp_path):
     report.write(tmp_path, "endless-cpu")
     assert (tmp_path / "endless-cpu.png").read_bytes().startswith(b"\x89PNG")
     again = bench_suite.read(tmp_path / "endless-cpu.json")
-    assert isinstance(again, EndlessReport) and again.as_dict() == EndlessReport.of(again.as_dict()).as_dict()
+    # a file has fewer digits than the run had, and is what tables are made from
+    assert isinstance(again, EndlessReport) and again.as_dict() == report.as_dict()
     block = "<!-- bench:endless -->\n<!-- /bench:endless -->"
-    assert again.markdown() == report.markdown() and again.markdown() in bench_suite.fill(block, tmp_path)
+    assert again.markdown() in bench_suite.fill(block, tmp_path) and "late / early" in again.text()
     assert "late / early" in report.text() and "per 1,000 latent frames" in report.text()
 
 
