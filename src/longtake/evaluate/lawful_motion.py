@@ -113,7 +113,7 @@ def _length(law: Lane, side: int) -> int:
 def clock_turns(hand: np.ndarray) -> float | None:
     """Share of the stretches of a lawful turn's length over which the hand, in turns [T], came round once, give or take
     `TURN_OFF`; None for less than one such stretch."""
-    steps = (np.diff(hand) + 0.5) % 1.0 - 0.5
+    steps = readback.clock_steps(hand)
     whole = len(steps) // TURN
     if not whole:
         return None

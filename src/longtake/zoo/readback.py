@@ -79,6 +79,11 @@ def clock(video: np.ndarray) -> np.ndarray:
     )
 
 
+def clock_steps(hand: np.ndarray) -> np.ndarray:
+    """How far the hand moved into each frame after the first, in turns from -1/2 to 1/2: [T - 1] for directions [T]."""
+    return (np.diff(hand) + 0.5) % 1.0 - 0.5
+
+
 def clock_error(video: np.ndarray, scene: Scene, start: int) -> np.ndarray:
     """Distance [T] in turns (at most a half) from the lawful clock, for frames that begin at pixel frame `start`."""
     error = clock(video) - scene.angle(np.arange(start, start + len(video)))

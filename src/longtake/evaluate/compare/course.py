@@ -23,7 +23,7 @@ def course(video: np.ndarray, scene: lanes.Scene, start: int, chunk: int) -> dic
     """
     begun = (start + lanes.STRIDE - 1) // lanes.STRIDE
     hand = np.concatenate([scene.angle(np.array([start - 1])), readback.clock(video)])
-    steps = (np.diff(hand) + 0.5) % 1.0 - 0.5  # [T] turns into each frame; the law says 1 / TURN
+    steps = readback.clock_steps(hand)  # [T] turns into each frame; the law says 1 / TURN
     wrong = np.abs(steps * lanes.TURN - 1.0)
     drift = np.concatenate([[0.0], np.cumsum(steps - 1 / lanes.TURN)])
     returns: list[dict[str, Any]] = []

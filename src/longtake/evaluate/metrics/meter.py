@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...zoo.readback import clock_steps
 from . import light, motion, repetition
 from .definitions import DEFINITIONS
 from .trend import Trend, trend
@@ -81,8 +82,7 @@ class Meter:
 def lawful_steps(hand: np.ndarray, turn: int) -> np.ndarray:
     """Whether the hand of a clock, in turns [T], moved into each frame by one lawful step of 1 / `turn`, give or take
     one: [T − 1] of 0 and 1."""
-    steps = (np.diff(hand) + 0.5) % 1.0 - 0.5
-    return (np.abs(steps * turn - 1.0) < 1.0).astype(float)
+    return (np.abs(clock_steps(hand) * turn - 1.0) < 1.0).astype(float)
 
 
 def _told(found: Trend | None, name: str, scale: float = 1.0) -> dict[str, Any] | None:
