@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,13 +25,13 @@ from torch import Tensor
 from ..errors import LongtakeError
 from ..history import History
 from ..hosts.base import HostConfig
-from ..hosts.loading import embedded, load
+from ..hosts.loading import load
 from ..hosts.skyreels import SkyReels
 from ..plan import Entry, Plan
 from ..session import Session, history_shape
 from .bench_report import Target
 from .bench_stage import Progress, Stage, staged
-from .compare.cells import fingerprint
+from .compare.cells import weights_of
 from .flowcache_arms import Arm, arms
 from .flowcache_quality import quality
 from .flowcache_report import PIPELINE, FlowCacheReport, ShapeTime, SpeedRow
@@ -136,8 +135,7 @@ def run(
         report.missing = stage.others(SHAPES)
         ways = [] if trained is None else arms(trained, trained.geometry(), trained.config.training_frames)
         if model is not None:
-            folder = embedded().get(model) or Path(model).expanduser()
-            report.settings["weights"] = fingerprint(folder) if folder.is_dir() else None
+            report.settings["weights"] = weights_of(model)
             report.counts["thresholds"] = _thresholds(ways)
         if judged is not None:
             _take_over(report, judged)

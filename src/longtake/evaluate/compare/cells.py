@@ -12,12 +12,13 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...digest import file_sha256
 from ...errors import LongtakeError
+from ...hosts.loading import find
 from ..provenance import read_json, write_atomically
 from .arms import Arm
 from .protocols import Setting
@@ -171,6 +172,17 @@ def fingerprint(folder: Path, compressor: bool = True) -> str:
             while piece := file.read(1 << 22):
                 digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def weights_of(model: str, compressor: bool = True) -> str:
+    """`fingerprint` of a model that has been loaded by this name."""
+    folder = find(model, causal=True)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, local_files_only=True))
+    return fingerprint(folder, compressor)
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

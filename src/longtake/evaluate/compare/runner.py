@@ -21,15 +21,13 @@ from ...zoo import lanes
 from ..provenance import provenance
 from .against import compare_takes, likeness, reference_of
 from .arms import Arm, arms, controls, take_arms, with_compressors
-from .cells import Cell, Store, fingerprint, label_of
+from .cells import Cell, Store, label_of, weights_of
 from .executor import Executor, Here, Job, Prepare, Processes
 from .footage import Footage, has_codec
 from .matrix import Matrix
 from .protocols import Setting, run
 from .takes import TakeSetting, make_take
 from .writing import StoreError
-
-WORLD = "lanes"
 
 Progress = Callable[[int, int, str], None]
 
@@ -58,7 +56,7 @@ def default_models() -> tuple[str, ...]:
     """The embedded models that were trained on the world and finish a chunk before the next. Raises LongtakeError if
     there is none."""
     read = {name: HostConfig.read(folder) for name, folder in embedded().items()}
-    found = tuple(name for name, config in read.items() if config.world == WORLD and config.sampler != "staggered")
+    found = tuple(name for name, c in read.items() if c.world == lanes.WORLD and c.sampler != "staggered")
     if not found:
         raise LongtakeError(
             "no embedded model was trained on the procedural world: give --model with a folder that "
@@ -77,7 +75,7 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
     listed: list[tuple[str, list[tuple[str, str, Arm]]]] = []
     for model in plan.models:
         host = _host(model, plan.device)
-        if host.config.world != WORLD or not has_codec(host):
+        if host.config.world != lanes.WORLD or not has_codec(host):
             raise LongtakeError(
                 f"{model} was not trained on the procedural world, so there is no ground truth to read it against: "
                 "give tiny-wan, tiny-wan-long, or a folder that `longtake train tiny-wan` wrote"
@@ -256,17 +254,7 @@ def _group(cell: Cell) -> int:
 def _weights(model: str, host: Host, arm: Arm) -> tuple[str, str]:
     """Hash of the files that an arm computes with, and the type it does it in."""
     own = arm.compresses and not arm.compressor
-    return _fingerprint(model, own), str(host.dtype).removeprefix("torch.")
-
-
-@lru_cache(maxsize=16)
-def _fingerprint(model: str, compressor: bool) -> str:
-    folder = embedded().get(model) or Path(model).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, local_files_only=True))  # it has just been loaded
-    return fingerprint(folder, compressor)
+    return weights_of(model, own), str(host.dtype).removeprefix("torch.")
 
 
 def _reason(error: Exception) -> str:
@@ -282,7 +270,7 @@ def _host(model: str, device: str | None) -> Host:
 @lru_cache(maxsize=2)
 def _footage(model: str, device: str | None, seed: int, setting: Setting, folder: Path) -> Footage:
     host = _host(model, device)
-    cache = folder / "truth" / _fingerprint(model, False) / "-".join(map(str, setting.gaps))
+    cache = folder / "truth" / weights_of(model, False) / "-".join(map(str, setting.gaps))
     return Footage(host, seed, setting.length(host), setting.gaps, cache)
 
 
