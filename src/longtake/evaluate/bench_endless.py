@@ -174,7 +174,7 @@ def _loaded(model: str, where: torch.device, dtype: str, policies: Sequence[KVPo
     host = load(model, device=where, dtype=dtype)
     if not has_codec(host):
         raise LongtakeError(f"{model} has no autoencoder: nothing can be seen of its takes")
-    if host.config.world not in ("", "lanes"):
+    if host.config.world not in ("", lanes.WORLD):
         raise LongtakeError(f"{model} is of the world {host.config.world!r}, which cannot be read here: only lanes can")
     if not host.config.world and not host.config.prompts:
         raise LongtakeError(f"{model} names no prompt of its own: give a model that does, or one of the world of lanes")

@@ -32,7 +32,7 @@ def quality(
     host: Host, arms: Sequence[Arm], seeds: Sequence[int], progress: Callable[[int, int], None] = lambda n, of: None
 ) -> list[QualityRow]:
     """A row for every arm, whose reference must come before it. Raises LongtakeError for a model of another world."""
-    if host.config.world != "lanes":
+    if host.config.world != lanes.WORLD:
         raise LongtakeError(f"{host.name} was not trained on the world of lanes: its takes cannot be read back")
     rows = {arm.name: QualityRow(arm.name, arm.against, 0.0) for arm in arms}
     hits: dict[str, dict[str, dict[int, list[float]]]] = {a.name: {name: {} for name in READ} for a in arms}

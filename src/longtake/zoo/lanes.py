@@ -21,6 +21,7 @@ import numpy as np
 from longtake.errors import LongtakeError
 
 FPS = 16
+WORLD = "lanes"  # its name in a model's longtake.json
 SIZE = 128  # pixels, height and width
 LANES = 4
 LANE = SIZE // LANES  # pixels, height of a lane

@@ -27,6 +27,7 @@ from ..policies import FullHistory, KVPolicy, parse
 from ..samplers.chunked import Schedule
 from ..session import history_shape
 from . import compressor_losses as losses
+from . import lanes
 from .clips import CHUNKS, Library
 from .lora import Adapter
 from .rollout import Rollout, check_policy
@@ -195,7 +196,7 @@ class Trainer:
     def _library(self, seed: int) -> Library:
         if self.critic is not None:
             raise LongtakeError("films are for self-distillation: leave the score models away")
-        if self.host.config.world != "lanes" or self.host.vae is None:
+        if self.host.config.world != lanes.WORLD or self.host.vae is None:
             raise LongtakeError(
                 f"{self.host.name} was not trained on the procedural world, so there are no films for it: let rollouts "
                 "remember their own chunks (--past own)"

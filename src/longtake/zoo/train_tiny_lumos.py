@@ -95,7 +95,7 @@ def export(out: Path, model: LumosForVideoGeneration, words: PreTrainedTokenizer
     settings = HostConfig(
         host="lumos", causal=True, sampler="masked", chunk_frames=1, steps=STEPS, guidance_scale=1.0, fps=lanes.FPS,
         height=lanes.SIZE, width=lanes.SIZE, text_tokens=tiny_lumos.TEXT_TOKENS, training_frames=WINDOW,
-        history_mask=tiny_lumos.FLOOR, prompts=PROMPTS, about=ABOUT, world="lanes",
+        history_mask=tiny_lumos.FLOOR, prompts=PROMPTS, about=ABOUT, world=lanes.WORLD,
     )  # fmt: skip
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)

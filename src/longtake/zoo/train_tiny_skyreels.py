@@ -129,7 +129,7 @@ def export(
         host="skyreels", causal=True, chunk_frames=CHUNK, timesteps=(), shift=SHIFT, guidance_scale=1.0, fps=lanes.FPS,
         height=lanes.SIZE, width=lanes.SIZE, text_tokens=tiny_text.TEXT_TOKENS, training_frames=WINDOW,
         sampler="staggered", steps=STEPS, lag=LAG, overlap=OVERLAP, condition_noise=CONDITION_NOISE,
-        reuse="tiny-skyreels", prompts=PROMPTS, about=ABOUT, world="lanes",
+        reuse="tiny-skyreels", prompts=PROMPTS, about=ABOUT, world=lanes.WORLD,
     )  # fmt: skip
     for path in out.glob("*/*.safetensors"):
         path.chmod(0o644)

@@ -112,7 +112,7 @@ def export(
         "training_frames": 7 * CHUNK,
         "prompts": list(PROMPTS),
         "about": ABOUT.format(variant=variant),
-        "world": "lanes",
+        "world": lanes.WORLD,
     }
     for path in out.glob("*/*.safetensors"):
         path.chmod(0o644)

@@ -85,7 +85,8 @@ class _Record:
     def __init__(self, take: Session) -> None:
         self.take = take
         self.sight = Sight(take.history)
-        world = take.host.config.world == "lanes" and (take.geometry.height, take.geometry.width) == (lanes.SIZE,) * 2
+        size = take.geometry.height, take.geometry.width
+        world = take.host.config.world == lanes.WORLD and size == (lanes.SIZE, lanes.SIZE)
         self.meter = Meter(take.geometry.fps, readback.clock if world else None, lanes.TURN)
         self.latents: list[torch.Tensor] = []  # [f, C, h, w]
         self.chunks: list[dict[str, Any]] = []
