@@ -12,6 +12,10 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from longtake.hosts.base import Host
+    from longtake.serve.client import Client
+    from longtake.serve.server import Server
+
 # Two processes test side by side: with a thread for every core each they would mostly wait for each other. Before torch
 # is imported, and for the programs that tests start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +32,32 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def host() -> Host:
+    """The embedded model that a server serves if it is told nothing else."""
+    import longtake
+
+    return longtake.load("tiny-shapes", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Server]]:
+    """One of `tests.serving`, which the tests of a file share."""
+    from .serving import serving
+
+    with serving(host, tmp_path_factory.mktemp("server") / "state") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: tuple[Client, Server]) -> Iterator[Client]:
+    """Its client; what a test leaves on it is deleted."""
+    client, _ = server
+    yield client
+    for session in client.sessions():
+        client.delete(session["id"])
 
 
 @pytest.fixture(scope="module")

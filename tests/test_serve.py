@@ -16,26 +16,7 @@ from PIL import Image
 
 import longtake
 from longtake.serve.client import Client, ServerError
-from tests.serving import OTHER, PROMPT, collect, decoded, encoded, serving, until
-
-
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def server(host, tmp_path_factory):
-    with serving(host, tmp_path_factory.mktemp("serve") / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    client, _ = server
-    yield client
-    for session in client.sessions():
-        client.delete(session["id"])
+from tests.serving import OTHER, PROMPT, collect, decoded, encoded, until
 
 
 def chunks_made(client, name: str, count: int):

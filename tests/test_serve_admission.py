@@ -16,11 +16,6 @@ from tests.skyreels import tiny_skyreels
 
 
 @pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def constants(host):
     return measure(host)
 

@@ -24,11 +24,6 @@ from tests.skyreels import tiny_skyreels
 from tests.test_serve_faults import logged
 
 
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
 @dataclass
 class Disk:
     """A folder, and what leaves no room behind it."""

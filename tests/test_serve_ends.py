@@ -21,25 +21,6 @@ WINDOW = "window:frames=9,sink=3"
 STEPS = 1  # of denoising: only what follows from what matters here
 
 
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def server(host, tmp_path_factory):
-    with serving(host, tmp_path_factory.mktemp("ends") / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    client, _ = server
-    yield client
-    for session in client.sessions():
-        client.delete(session["id"])
-
-
 def ended(client, **options) -> str:
     """A session that has all its chunks: two, unless told otherwise."""
     options = {"seed": 1, "pace": "free", "chunks": 2, "num_inference_steps": STEPS} | options

@@ -34,11 +34,6 @@ TOKENS = {"ada": "a" * 32, "bob": "b" * 32}
 
 
 @pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def guarded(host, tmp_path_factory):
     """A server with two owners."""
     state = tmp_path_factory.mktemp("guarded") / "state"

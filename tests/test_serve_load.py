@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-import pytest
 
 import longtake
 from longtake.serve.fmp4 import sample
@@ -99,11 +98,6 @@ def in_turn(host, client, server) -> tuple[list[float], list]:
 def _processor_seconds(process: subprocess.Popen) -> float:
     used = psutil.Process(process.pid).cpu_times()
     return used.user + used.system
-
-
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
 
 
 def test_no_viewer_that_keeps_up_misses_a_frame_and_twelve_of_them_cost_little(host, tmp_path):

@@ -137,25 +137,6 @@ def _hang_up(end: socket.socket) -> None:
     end.close()
 
 
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def server(host, tmp_path_factory):
-    with serving(host, tmp_path_factory.mktemp("page") / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    client, _ = server
-    yield client
-    for session in client.sessions():
-        client.delete(session["id"])
-
-
 @contextmanager
 def opened(browser: Browser, url: str, quiet: bool = True, **options: Any) -> Iterator[Page]:
     """The page in a profile of its own. What it said on the console, or asked of other places, fails the test."""

@@ -17,11 +17,6 @@ from longtake.serve.together import Together
 from tests.serving import OTHER, PROMPT, serving, until
 
 
-@pytest.fixture(scope="module")
-def host():
-    return longtake.load("tiny-shapes", device="cpu")
-
-
 def takes(host, age: int) -> list[longtake.Session]:
     """Of different policies, prompts, ages and numbers of streams; of one size."""
     options = [
