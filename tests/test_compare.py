@@ -1,5 +1,6 @@
 """A comparison is fair, can be stopped at any time, and never makes a finished cell again."""
 
+import copy
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from longtake.evaluate.compare import runner, statistics, summary
 from longtake.evaluate.compare.arms import Arm, arms, controls, every
 from longtake.evaluate.compare.cells import Cell, Store, fingerprint
 from longtake.evaluate.compare.course import comings, course
-from longtake.evaluate.compare.footage import Footage, probes
+from longtake.evaluate.compare.footage import Footage, Projector, probes
 from longtake.evaluate.compare.markdown import markdown
 from longtake.evaluate.compare.picture import off_actor_ssim, psnr, slopes
 from longtake.evaluate.compare.protocols import Setting, fork, held, run
@@ -205,6 +206,25 @@ def test_latents_are_encoded_once_and_kept(host, tmp_path):
     assert torch.equal(Footage(host, 1, 6, (1,), tmp_path).latents(6), first)
     assert files[0].stat().st_mtime_ns == stamp
     assert not torch.equal(Footage(host, 1, 6, (1,), tmp_path).latents(6, disguised=True), first)
+
+
+@torch.no_grad()
+def test_true_frames_are_decoded_for_all_takes_at_once_as_each_would_by_itself(host):
+    footage = Footage(host, 0, 9, (1,))
+    true = footage.latents(9)
+    chunks = [*true[:, :, :6].split(3, 2), -true[:, :, :3], true[:, :, 6:]]  # the third is not what follows
+    decoder = host.decoder()
+    with footage_module.half_on_cpu(host.device):
+        alone = [decoder.push(chunk) for chunk in chunks]
+    for _ in range(2):
+        projector = Projector(footage)
+        frames = [projector.push(chunk) for chunk in chunks[:2]]
+        twin = copy.deepcopy(projector)  # a take forks where generation starts
+        frames += [twin.push(chunk) for chunk in chunks[2:]]
+        assert all(map(torch.equal, frames, alone))
+        assert twin.nbytes == decoder.nbytes
+        assert sorted(footage.film) == [(0, 3), (3, 6)]
+    assert torch.equal(projector.push(chunks[2]), frames[2])  # the twin's pushes left the first alone
 
 
 def test_a_warm_decoder_shows_the_same_frames_the_second_time(footage):

@@ -46,6 +46,8 @@ class Footage:
         self._latents: dict[tuple[int, bool], Tensor] = {}
         self._warm: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         self._lawful: dict[tuple[int, int], np.ndarray] = {}
+        # true latent frames from … to …, decoded, with what the decoder knows after them; see Projector
+        self.film: dict[tuple[int, int], tuple[Tensor, tuple[dict[str, Tensor], dict[str, Any]]]] = {}
 
     def latents(self, frames: int, disguised: bool = False) -> Tensor:
         """True latents [1, C, frames, h, w] from the beginning, or those of the scene with everybody disguised."""
@@ -69,6 +71,11 @@ class Footage:
                 decoder.load_state_dict(*self._warm[frame])
             return _push(decoder, latents)
 
+    def true(self, frame: int, latents: Tensor) -> bool:
+        """Whether `latents` [1, C, f, h, w] are the true ones from latent frame `frame` on, as far as known."""
+        known = [found for (_, disguised), found in self._latents.items() if not disguised]
+        return any(torch.equal(found[:, :, frame : frame + latents.shape[2]], latents.cpu()) for found in known)
+
     def lawful(self, start: int, frames: int) -> np.ndarray:
         """The true picture, pixel frames from `start` on."""
         if (start, frames) not in self._lawful:
@@ -76,26 +83,46 @@ class Footage:
         return self._lawful[start, frames]
 
 
-@dataclass
-class Hurried:
-    """A decoder in half precision, for takes whose compressor is shown pixels: most of the time would go there."""
+class Projector:
+    """The decoder of a take on this footage, in half precision, for compressors that are shown pixels: most of the time
+    would go there. What it decodes of the true frames is kept by the footage, for all arms."""
 
-    decoder: Decoder
-    host: Host
+    def __init__(self, footage: Footage) -> None:
+        self.footage = footage
+        self._decoder = footage.host.decoder()
+        self._frame: int | None = 0  # next latent frame, while all before were true
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Projector:
+        twin = Projector(self.footage)
+        twin.load_state_dict(*self.state_dict())
+        return twin
 
     def push(self, latents: Tensor) -> Tensor:
-        with _fast(self.host):
-            return self.decoder.push(latents)
+        first, self._frame = self._frame, None
+        if first is not None and self.footage.true(first, latents):
+            self._frame = first + latents.shape[2]
+            if (first, self._frame) not in self.footage.film:
+                self.footage.film[first, self._frame] = self._push(latents), self._decoder.state_dict()
+            frames, state = self.footage.film[first, self._frame]
+            self._decoder.load_state_dict(*state)
+            return frames
+        return self._push(latents)
+
+    def _push(self, latents: Tensor) -> Tensor:
+        with _fast(self.footage.host):
+            return self._decoder.push(latents)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.decoder.state_dict()
+        tensors, meta = self._decoder.state_dict()
+        return tensors, {"decoder": meta, "frame": self._frame}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.decoder.load_state_dict(tensors, meta)
+        self._decoder.load_state_dict(tensors, meta["decoder"])
+        self._frame = meta["frame"]
 
     @property
     def nbytes(self) -> int:
-        return self.decoder.nbytes
+        return self._decoder.nbytes
 
 
 def probes(scene: lanes.Scene, frames: int, chunk: int) -> list[Probe]:

@@ -18,7 +18,7 @@ from ...zoo import lanes, readback
 from . import arms as names
 from .arms import Arm
 from .course import course
-from .footage import Footage, Hurried, Probe, probes
+from .footage import Footage, Probe, Projector, probes
 from .picture import psnr
 
 CHUNKS, FRAMES = 2, 6  # generated at every probe, at least: so long an actor takes to be seen whole
@@ -131,7 +131,7 @@ def _session(arm: Arm, footage: Footage, setting: Setting) -> Session:
         width=lanes.SIZE, decode=False, chunks=chunks, compressor=arm.made_by(),
     )  # fmt: skip
     if take.decoder is not None:
-        take.decoder = Hurried(take.decoder, take.host)
+        take.decoder = Projector(footage)
     return take
 
 
