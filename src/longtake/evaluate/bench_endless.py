@@ -32,7 +32,7 @@ from ..zoo import lanes
 from .bench_replay import replays
 from .bench_report import Target
 from .bench_stage import Progress, Stage, staged
-from .compare.footage import Footage, has_codec
+from .compare.footage import Footage, InHalf, has_codec
 from .compare.protocols import Setting
 from .endless_report import LIGHT, EndlessReport, EndlessTake, Light, Mark, Truth
 from .lawful_motion import Motion, of_lanes, of_steps, speed
@@ -93,10 +93,14 @@ class _Bench:
     def session(self, policy: KVPolicy, seed: int, footage: Footage | None) -> Session:
         """A take that has seen what it is given."""
         if footage is None:
-            return Session(self.host, policy, prompt=self.host.config.prompts[0], seed=seed)
-        prompt, size = footage.scene.caption, lanes.SIZE
-        session = Session(self.host, policy, prompt=prompt, seed=seed, height=size, width=size)
-        session.extend(footage.latents(self.given))
+            session = Session(self.host, policy, prompt=self.host.config.prompts[0], seed=seed)
+        else:
+            prompt, size = footage.scene.caption, lanes.SIZE
+            session = Session(self.host, policy, prompt=prompt, seed=seed, height=size, width=size)
+        assert session.decoder is not None
+        session.decoder = InHalf(session.decoder, self.host)  # half of the time would go there, and none of it is told
+        if footage is not None:
+            session.extend(footage.latents(self.given))
         return session
 
     def light(self, courses: dict[str, list[np.ndarray]]) -> dict[str, Light]:

@@ -83,13 +83,35 @@ class Footage:
         return self._lawful[start, frames]
 
 
+@dataclass
+class InHalf:
+    """A decoder in half precision: see `half_on_cpu`."""
+
+    decoder: Decoder
+    host: Host
+
+    def push(self, latents: Tensor) -> Tensor:
+        with _fast(self.host):
+            return self.decoder.push(latents)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.decoder.state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.decoder.load_state_dict(tensors, meta)
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoder.nbytes
+
+
 class Projector:
-    """The decoder of a take on this footage, in half precision, for compressors that are shown pixels: most of the time
-    would go there. What it decodes of the true frames is kept by the footage, for all arms."""
+    """The decoder of a take on this footage, for compressors that are shown pixels. What it decodes of the true frames
+    is kept by the footage, for all arms: most of their time would go there."""
 
     def __init__(self, footage: Footage) -> None:
         self.footage = footage
-        self._decoder = footage.host.decoder()
+        self._decoder = InHalf(footage.host.decoder(), footage.host)
         self._frame: int | None = 0  # next latent frame, while all before were true
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projector:
@@ -99,18 +121,16 @@ class Projector:
 
     def push(self, latents: Tensor) -> Tensor:
         first, self._frame = self._frame, None
-        if first is not None and self.footage.true(first, latents):
-            self._frame = first + latents.shape[2]
-            if (first, self._frame) not in self.footage.film:
-                self.footage.film[first, self._frame] = self._push(latents), self._decoder.state_dict()
-            frames, state = self.footage.film[first, self._frame]
-            self._decoder.load_state_dict(*state)
-            return frames
-        return self._push(latents)
-
-    def _push(self, latents: Tensor) -> Tensor:
-        with _fast(self.footage.host):
+        if first is None or not self.footage.true(first, latents):
             return self._decoder.push(latents)
+        self._frame = first + latents.shape[2]
+        if (known := self.footage.film.get((first, self._frame))) is None:
+            frames = self._decoder.push(latents)
+            self.footage.film[first, self._frame] = frames, self._decoder.state_dict()
+            return frames
+        frames, state = known
+        self._decoder.load_state_dict(*state)
+        return frames
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = self._decoder.state_dict()
