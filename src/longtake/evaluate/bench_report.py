@@ -201,7 +201,11 @@ KEPT = {True: "kept", False: "**not kept**", None: "not judged"}
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Markdown."""
-    line = lambda cells: f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = [cell.replace("|", r"\|") for cell in cells]
+        return f"| {' | '.join(escaped)} |".replace("|  |", "| |")
+
     return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
 
 

@@ -45,7 +45,7 @@ SUITE = {
             ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "take_report:TakeReport",
         ),
         Entry(
-            "endless", "what becomes of thousands of latent frames of a trained model: memory, time, light, motion", 60,
+            "endless", "what becomes of thousands of latent frames of a trained model: memory, time, light, motion", 14,
             ("long", "micro"), "endless_report:EndlessReport",
         ),
         Entry(

@@ -12,6 +12,7 @@ from ..hosts.base import HostConfig
 from ..hosts.lumos import Lumos, LumosConfig, LumosForVideoGeneration
 from ..planner.lumos import SHAPES as PUBLISHED
 from ..planner.lumos import CostModel, LumosShape
+from .random_weights import drawn
 
 WORDS = {
     "bos": 0, "frame_end": 1, "frame_begin": 2, "separator": 3, "newline": 4, "mask": 5, "video_begin": 6,
@@ -46,23 +47,22 @@ class LumosBench:
             vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.ffn, num_hidden_layers=s.layers,
             num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, vocabulary=own or None,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
-            model = LumosForVideoGeneration(sizes).to(dtype)
+        model = drawn(lambda: LumosForVideoGeneration(sizes), device, dtype, seed)
         config = HostConfig(
             host="lumos", causal=True, sampler="masked", chunk_frames=1, steps=steps, fps=s.fps, guidance_scale=15.0,
             height=s.height, width=s.width, text_tokens=s.text_tokens, training_frames=7,
         )  # fmt: skip
         codec = DrawnCodes(s.visual_codes, s.height // s.patch, s.width // s.patch, seed)
-        return Lumos(model.eval().requires_grad_(False), config, codec=codec, name=s.name)  # type: ignore[arg-type]
+        return Lumos(model, config, codec=codec, name=s.name)  # type: ignore[arg-type]
 
     def prompt(self, host: Lumos, seed: int) -> Tensor:
         """Ids [1, text_tokens]: drawn words between BOS and separator, then the header of a two-second video."""
         words = host.words
         low, high = (9, words.visual) if self.shape.visual_codes < 64_000 else (words.mask + 400, words.visual)
-        drawn = torch.randint(low, high, (self.shape.text_tokens - 5,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        spoken = torch.randint(low, high, (self.shape.text_tokens - 5,), generator=generator).tolist()
         header = [words.video_begin, words.integer + 2, words.integer + round(self.shape.fps)]
-        return torch.tensor([[words.bos, *drawn.tolist(), words.separator, *header]])
+        return torch.tensor([[words.bos, *spoken, words.separator, *header]])
 
 
 @dataclass(frozen=True)
