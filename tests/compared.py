@@ -133,7 +133,7 @@ def world() -> dict[str, Any]:
         row("window", "", 9, 0.3),
         row("window", "", 21, 0.6),
     ]
-    rows[2]["against_full"] = {"difference": -0.5, "ci95": [-0.6, -0.4], "p_holm": 0.001}
+    rows[2]["against_full"] = {"other": "full", "difference": -0.5, "ci95": [-0.6, -0.4], "p_holm": 0.001}
     table = {
         "model": "tiny",
         "protocol": "A",

@@ -13,8 +13,10 @@ from longtake import FullHistory, LastFrames, LongtakeError, PackCache, Session
 from longtake.cli import app
 from longtake.evaluate import bench_suite, provenance
 from longtake.evaluate.authors_like import AuthorsLike
-from longtake.evaluate.bench_packcache import GUIDANCE, run
+from longtake.evaluate.bench_packcache import GUIDANCE, _measure, run
+from longtake.evaluate.bench_stage import silent
 from longtake.evaluate.lumos_shapes import SHAPES
+from longtake.evaluate.machine import Clock
 from longtake.samplers.masked import MaskedSampler
 
 pytestmark = pytest.mark.usefixtures("quick", "idle")
@@ -78,10 +80,33 @@ def test_the_measured_host_has_the_sizes_of_its_shape(host):
     assert MICRO.prompt(host, 0).shape == (1, counted.text_tokens)
 
 
+def test_a_frame_counts_with_its_median_forward():
+    now, forwards = 0.0, []
+
+    class StoppedClock(Clock):
+        def now(self) -> float:
+            return now
+
+    def take():
+        nonlocal now
+        for seconds in ((2.0, 2.0, 2.0), (2.0, 11.0, 2.0)):
+            yield 1, 1
+            for each in seconds:
+                forwards.append(each)
+                now += each
+            now += 0.5  # between forwards
+        yield 1, 1
+
+    clock = StoppedClock(torch.device("cpu"))
+    arm = _measure({"take": take}, 2, clock, forwards, in_turn=True, progress=silent)["take"]
+    assert arm.seconds == [6.5, 6.5] and arm.clock_seconds == [6.5, 15.5]
+
+
 def test_a_run_answers_every_length_with_predictions_and_bytes():
     report = run("lumos-micro", frames=(5, 13, 33), seed=2)
     assert list(report.arms) == ["packcache", "mask-free", "authors-like"]
     assert all(len(arm.seconds) == 8 and min(arm.seconds) > 0 for arm in report.arms.values())
+    assert all(len(arm.clock_seconds) == 8 and min(arm.clock_seconds) > 0 for arm in report.arms.values())
     assert [(r.pixel_frames, r.latent_frames, r.baseline) for r in report.ratios] == [
         (p, f, b) for p, f in ((5, 2), (13, 4), (33, 9)) for b in ("mask-free", "authors-like")
     ]

@@ -695,7 +695,7 @@ def test_models_lists_what_is_embedded_known_and_convertible():
     listed = json.loads(run("models", "--json").stdout)
     own = listed["embedded"]["tiny-wan"]
     assert own["width"] == 128 and own["steps"] == 4 and 1e6 < own["bytes"] < 6 * 2**20 and "come back" in own["about"]
-    assert listed["embedded"]["tiny-shapes"]["width"] == 64
+    assert listed["embedded"]["tiny-shapes"]["width"] == 64 and listed["embedded"]["tiny-skyreels"]["steps"] == 50
     assert "gueraf/Self-Forcing-diffusers" in listed["hub"]
     assert listed["families"]["longlive"]["window"] == 12
     text = run("models").stdout

@@ -488,6 +488,25 @@ def test_every_policy_runs_at_every_budget(model, tmp_path, monkeypatch):
     assert not absent, failed
 
 
+def test_policies_are_tested_against_the_window_of_their_own_budget():
+    made = {"full": (1, 1), "mine @ 9": (1, 1), "window @ 9": (0, 0), "mine @ 21": (0, 1), "window @ 21": (1, 1)}
+    rows = [
+        {"arm": label, "name": label.partition(" ")[0], "budget": int(label.partition("@ ")[2] or 0) or None}
+        for label in made
+    ]
+    cells = {
+        label: [{"seed": seed, "outcome": {"events": [{"colour": hit}] * 3}} for seed, hit in enumerate(hits)]
+        for label, hits in made.items()
+    }
+    summary._differences(rows, cells, "A")
+    found = {row["arm"]: row.get("against_window") for row in rows}
+    assert found["full"] is found["window @ 9"] is found["window @ 21"] is None
+    assert found["mine @ 9"]["other"] == "window @ 9" and found["mine @ 9"]["difference"] == 1
+    assert found["mine @ 21"]["other"] == "window @ 21" and found["mine @ 21"]["difference"] == -0.5
+    assert found["mine @ 21"]["p_holm"] > 0.05, "one scene of two says nothing"
+    assert rows[2]["against_full"]["difference"] == -1
+
+
 # --- admission --------------------------------------------------------------------------------------------------------
 
 

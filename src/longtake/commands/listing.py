@@ -21,8 +21,8 @@ def models(as_json: AsJson = False) -> None:
         own[name] = {
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "width": config.width, "height": config.height, "fps": config.fps, "chunk_frames": config.chunk_frames,
-            "steps": len(config.timesteps), "training_frames": config.training_frames, "about": config.about,
-            "path": str(folder),
+            "steps": config.steps or len(config.timesteps), "training_frames": config.training_frames,
+            "about": config.about, "path": str(folder),
         }  # fmt: skip
     families = {name: asdict(family) for name, family in FAMILIES.items()}
     lines = ["Embedded (--model NAME)"]

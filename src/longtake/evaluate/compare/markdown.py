@@ -24,6 +24,8 @@ B = (
     ("luma_slope", "luma, grey levels / 1,000"), ("contrast_slope", "contrast, the same"),
 )  # fmt: skip
 
+SURE = 0.05  # a corrected p below it is set in bold
+
 
 def fill(document: str, folder: Path) -> tuple[str, int]:
     """The document with every block `<!-- compare:NAME --> … <!-- /compare:NAME -->` made anew from `folder`/NAME.json,
@@ -48,16 +50,19 @@ def markdown(summary: dict[str, Any], brief: bool = False) -> str:
 def _table(table: dict[str, Any], brief: bool) -> str:
     columns = A if table["protocol"] == "A" else B
     rows = [row for row in table["rows"] if not brief or _chosen(row, table["rows"])]
+    against = next((row["against_window"]["other"].partition(" @")[0] for row in rows if "against_window" in row), None)
+    titles = [title for _, title in columns] + ([f"colour, less that of `{against}`"] if against else [])
     lines = [
         f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",
-        "| policy | budget, KiB | returns | " + " | ".join(title for _, title in columns)
+        "| policy | budget, KiB | returns | " + " | ".join(titles)
         + " | tokens attended | MiB on the device | MiB in all |",
-        "|---|---|---|" + "---|" * (len(columns) + 3),
+        "|---|---|---|" + "---|" * (len(titles) + 3),
     ]  # fmt: skip
     for row in rows:
         name = f"*{row['name']}*" if row["control"] else f"`{row['name']}`"
         budget = "" if row["budget"] is None else f"{row['budget'] // 1024}"
         cells = [_estimate(row.get(key), row["events"]) for key, _ in columns]
+        cells += [_difference(row.get("against_window"))] * bool(against)
         cells += [str(row["attended_tokens"]), *(f"{row[key] / 2**20:.1f}" for key in ("device_bytes", "total_bytes"))]
         lines.append(f"| {name} | {budget} | {row['events']} | {' | '.join(cells)} |")
     return "\n".join(lines if brief else [*lines, *_by_gap(table["rows"])])
@@ -89,6 +94,15 @@ def _estimate(found: dict[str, Any] | None, events: int) -> str:
         return ""
     low, high = found["ci95"]
     return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]" + (f" of {found['n']}" if found["n"] != events else "")
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    """Difference and interval; bold if it is unlikely to be chance."""
+    if not found:
+        return ""
+    low, high = found["ci95"]
+    gap = f"{found['difference']:+.2f}"
+    return f"{f'**{gap}**' if found['p_holm'] < SURE else gap} [{low:+.2f}, {high:+.2f}]"
 
 
 def _origin(summary: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from .statistics import Hits, holm, interval, mean, paired
 
 CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
 TRUE_ENOUGH = 0.95
-REFERENCE = "full"
+FULL, WINDOWS = "full", ("window:positions=slots", "window")  # what others are tested against; the first that is there
 
 
 def summarise(todo: Sequence[Cell], store: Store, training_frames: dict[str, int]) -> dict[str, Any]:
@@ -99,21 +99,29 @@ def estimate(hits: Hits) -> dict[str, Any]:
 
 
 def _differences(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]], protocol: str) -> None:
-    """Paired differences of colour recall from full history, corrected for their number."""
+    """Paired differences of colour recall from full history, and from a window of the same budget; each corrected for
+    their number."""
     kind = "events" if protocol == "A" else "returns"
     hits = {
         label: {cell["seed"]: [float(e["colour"]) for e in cell["outcome"][kind]] for cell in found}
         for label, found in by_arm.items()
     }
-    if REFERENCE not in hits:
-        return
-    tested = [row for row in rows if row["arm"] != REFERENCE and row["arm"] not in names.CONTROLS]
-    found = [paired(hits[row["arm"]], hits[REFERENCE]) for row in tested]
-    for row, (gap, (low, high), _), p in zip(tested, found, holm([p for _, _, p in found]), strict=True):
-        if not math.isnan(gap):
-            row["against_full"] = {
-                "difference": round(gap, 4), "ci95": [round(low, 4), round(high, 4)], "p_holm": round(p, 5),
-            }  # fmt: skip
+    window = next((name for name in WINDOWS if any(row["name"] == name for row in rows)), None)
+    windows = {row["budget"]: row["arm"] for row in rows if row["name"] == window}
+    others: dict[str, Callable[[dict[str, Any]], str]] = {
+        "against_full": lambda row: FULL, "against_window": lambda row: windows.get(row["budget"], ""),
+    }  # fmt: skip
+    for key, other_of in others.items():
+        pairs = [(row, other_of(row)) for row in rows if row["arm"] not in names.CONTROLS]
+        pairs = [(row, other) for row, other in pairs if other in hits and other != row["arm"]]
+        found = [paired(hits[row["arm"]], hits[other]) for row, other in pairs]
+        ps = holm([p for _, _, p in found])
+        for (row, other), (gap, (low, high), _), p in zip(pairs, found, ps, strict=True):
+            if not math.isnan(gap):
+                row[key] = {
+                    "other": other, "difference": round(gap, 4), "ci95": [round(low, 4), round(high, 4)],
+                    "p_holm": round(p, 5),
+                }  # fmt: skip
 
 
 def _admitted(rows: list[dict[str, Any]]) -> dict[str, bool]:

@@ -53,7 +53,8 @@ def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
         warning += "<p class=warn>One scene: its interval says nothing about others.</p>"
     chance = found["chance"]
     columns = [
-        Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"), *COSTS,
+        Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"),
+        Column("against_window", "colour, against a window", hint="of equal bytes"), *COSTS,
         Column("seconds_per_cell", "s a cell"),
     ]  # fmt: skip
     markup = (
@@ -95,9 +96,9 @@ def _charts(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versus(row: dict[str, Any], column: Column) -> str | None:
-    if column.key != "against_full":
+    if column.key not in ("against_full", "against_window"):
         return None
-    against = row.get("against_full")
+    against = row.get(column.key)
     if not against:
         return "—"
     low, high = against["ci95"]
