@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 INK, ACCENT, PALE = "#1f6f8b", "#c2571a", "#9aa5ab"
@@ -31,13 +32,14 @@ def from_zero(*axes: Any) -> None:
 
 
 def png(figure: Any, title: str, size: int = 9) -> bytes:
-    """The picture under its title."""
+    """The picture under its title, in as many lines as it takes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=size)
+    across = int(figure.get_figwidth() * 72 / (0.55 * size))  # letters, which are about half as wide as high
+    figure.suptitle(textwrap.fill(title, across), fontsize=size)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

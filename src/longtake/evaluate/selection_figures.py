@@ -33,7 +33,7 @@ def map_figure(report: SelectionReport) -> bytes:
     axes.set_facecolor("#eeeeee")
     axes.set(xlabel="chunk", ylabel="block of the middle (chunk it was)", title="layers that picked it")
     figure.colorbar(image, ax=axes, shrink=0.8)
-    return png(figure, f"{report.model}, {report.settings['policy']}", 7)
+    return png(figure, f"{report.model}, {report.settings['policy'].replace(',', ', ')}", 7)
 
 
 def age_figure(report: SelectionReport) -> bytes:
@@ -44,4 +44,4 @@ def age_figure(report: SelectionReport) -> bytes:
     axes.step(ages, random, where="mid", color=PALE, lw=1.4, label="at random")
     axes.set(xlabel="age in chunks", ylabel="share of chances", ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=8)
-    return png(figure, f"{report.model}, {report.settings['policy']}", 7)
+    return png(figure, f"{report.model}, {report.settings['policy'].replace(',', ', ')}", 7)
