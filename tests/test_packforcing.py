@@ -23,6 +23,7 @@ from .tiny import golden, text, tiny_wan
 SMALL = {"sink": 1, "recent": 1, "top_k": 2, "archive": 4}  # chooses from the 6th chunk on, forgets from the 7th
 VARIANTS = {
     "sum": {},
+    "level": {"score_at": "level"},
     "original": {"score_at": "original"},
     "half": {"score_by": "half"},
     "sampled": {"score_by": "sampled"},
@@ -219,12 +220,15 @@ def test_sink_and_middle_are_packed_against_the_recent_chunk():
     assert plan.forms == ("compressed",)
 
 
-def test_while_scored_blocks_stand_where_evenly_spread_picks_would_put_them():
-    choice = planned(PackForcing(sink=1, top_k=2, archive=5), table_of(8)).entries[1]
-    assert choice.candidates == (2, 3, 4, 5, 6) and choice.scored_at == (15.0, 15.0, 15.0, 18.0, 18.0)
-    assert (
-        planned(PackForcing(sink=1, top_k=2, archive=5, score_at="original"), table_of(8)).entries[1].scored_at is None
-    )
+def test_while_scored_blocks_stand_where_evenly_spread_picks_would_put_them_or_level_or_where_they_were():
+    choices = {
+        at: planned(PackForcing(sink=1, top_k=2, archive=5, score_at=at), table_of(8)).entries[1]
+        for at in ("rebased", "level", "original")
+    }
+    assert choices["rebased"].candidates == (2, 3, 4, 5, 6)
+    assert choices["rebased"].scored_at == (15.0, 15.0, 15.0, 18.0, 18.0)
+    assert choices["level"].scored_at == (18.0,) * 5
+    assert choices["original"].scored_at is None
 
 
 @pytest.mark.parametrize("positions", ["packed", "sink", "absolute"])

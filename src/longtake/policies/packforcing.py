@@ -24,7 +24,7 @@ _CHOICES = {
     "middle": ("compressed", "full"),
     "select": ("top", "recent"),
     "score_by": ("sum", "half", "sampled", "mass"),
-    "score_at": ("rebased", "original"),
+    "score_at": ("rebased", "level", "original"),
     "layers": ("each", "shared"),
     "positions": ("packed", "sink", "absolute"),
 }
@@ -40,7 +40,8 @@ class PackForcing(KVPolicy):
     `score_by`: "sum" of all heads' logits, exactly, from one key sum per block (Eq. 11 has no softmax, so its double
     sum factorises); "half" the heads; "sampled" every eighth query and half the heads, as published; "mass" is the
     softmax mass that a block would get of the middle. `score_at`: while scored, blocks stand "rebased" (the i-th of M
-    at slot ⌊i·k/M⌋, its place if the picks were spread evenly) or where they were written ("original").
+    at slot ⌊i·k/M⌋, its place if the picks were spread evenly), all at the middle slot ("level": what stands at equal
+    distance differs by content only) or where they were written ("original").
     `layers`: each layer picks for itself by the queries of the chunk's first step, or all "shared" one pick by the
     queries of the last chunk's commit pass. `offload` keeps the archive in host memory; it needs the shared pick, known
     before the first forward, so that fetching overlaps.
@@ -251,8 +252,9 @@ class PackForcing(KVPolicy):
     def _choice(self, middle: Sequence[Block], slots: tuple[float, ...]) -> Choose:
         packed = self.positions == "packed"
         scored = None
-        if packed and self.score_at == "rebased":
-            scored = tuple(slots[i * self.top_k // len(middle)] for i in range(len(middle)))
+        if packed and self.score_at != "original":
+            level, n = self.score_at == "level", len(middle)
+            scored = tuple(slots[self.top_k // 2 if level else i * self.top_k // n] for i in range(n))
         return Choose(
             tuple(b.id for b in middle), self.top_k, self.form, slots if packed else None, scored,
             "keys" if self.score_by == "mass" else "sums", self.layers == "shared",
