@@ -499,7 +499,19 @@ shapes = st.builds(
     HistoryShape, layers=st.integers(1, 40), kv_heads=st.integers(1, 12), head_dim=st.sampled_from([12, 64, 128]),
     itemsize=st.sampled_from([2, 4]), tokens_per_frame=st.integers(10, 1560), chunk_frames=st.integers(1, 6),
     batch=st.integers(1, 3), streams=st.integers(1, 2), structural_tokens=st.sampled_from([0, 4]),
+    training_frames=st.none() | st.integers(1, 60),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [PackCache(), Uniform(), PackCache(history_frames=3, max_frames=12)])
+def test_a_fitted_policy_thins_as_its_options_do_but_not_beyond_a_training_clip(policy):
+    shape = HistoryShape(1, 1, 4, 4, tokens_per_frame=64, chunk_frames=3)
+    frames = lambda budget, training: (
+        policy.fit(budget * shape.frame_bytes, replace(shape, training_frames=training)).max_frames
+    )
+    assert [frames(n, None) for n in (4, 6, 9, 12)] == [policy.max_frames, 12, 24, 36], "four to a frame's worth"
+    assert frames(9, 21) == 18, "three more are in flight"
+    assert frames(21, 21) == 18 and frames(30, 21) == 27, "whole frames"
 
 
 @PROPERTY

@@ -37,6 +37,7 @@ class HistoryShape:
     structural_tokens: int = 0  # of a frame: what frames its content (Lumos-1: begin, height, width, end)
     decay: float | None = None  # measured fall of attention per latent frame of distance, if the model's is known
     compressed_tokens: int = 0  # of a chunk's compressed form; 0: the take has no compressor
+    training_frames: int | None = None  # latent frames of a clip that the model was trained on, if known
     live_chunks: int = 1  # most chunks in flight at once (staggered samplers)
     head_bytes: int | None = None  # of one token's K, or V, of one head as it is held; None: as it is computed
 

@@ -802,7 +802,8 @@ def history_shape(
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
         batch, streams, compressed_tokens=(compressor or host.compressor).tokens(geometry),
-        decay=host.config.decay, structural_tokens=len(geometry.structural) // geometry.chunk_frames,
+        decay=host.config.decay, training_frames=host.config.training_frames,
+        structural_tokens=len(geometry.structural) // geometry.chunk_frames,
         head_bytes=None if form is None else form.head_bytes(host.head_dim),
     )  # fmt: skip
 

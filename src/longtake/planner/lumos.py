@@ -53,7 +53,7 @@ class LumosShape(ModelShape):
         """What a policy is told of a take, anchors and its end apart."""
         return HistoryShape(
             self.layers, self.kv_heads, self.head_dim, self.itemsize, frame_tokens, 1, streams=self.streams,
-            structural_tokens=len(self.structural), **known,
+            structural_tokens=len(self.structural), training_frames=self.training_frames, **known,
         )  # fmt: skip
 
     @classmethod
@@ -67,7 +67,8 @@ class LumosShape(ModelShape):
             itemsize=itemsize, layers=model["num_hidden_layers"], hidden=model["hidden_size"],
             ffn=model["intermediate_size"], heads=model["num_attention_heads"], kv_heads=model["num_key_value_heads"],
             head_dim=model["head_dim"], vocabulary=model["vocab_size"], visual_codes=codes, text_tokens=text_tokens,
-            steps=run["steps"] or len(run["timesteps"]), streams=1 if run["guidance_scale"] == 1 else 2,
+            training_frames=run["training_frames"], steps=run["steps"] or len(run["timesteps"]),
+            streams=1 if run["guidance_scale"] == 1 else 2,
         )  # fmt: skip
 
     @property
@@ -112,12 +113,12 @@ SHAPES = {
     for shape in (
         LumosShape(
             name="lumos-1-1b", about="Lumos-1 1B", width=672, height=384, fps=12, sizes=((448, 256), (768, 480)),
-            layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64,
+            layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64, training_frames=7,
         ),
         LumosShape(
             name="lumos-1-3b", about="Lumos-1 3B, the model PackCache was measured on", width=672, height=384, fps=12,
             sizes=((448, 256), (768, 480)),
-            layers=28, hidden=3072, ffn=8192, heads=24, kv_heads=8, head_dim=128,
+            layers=28, hidden=3072, ffn=8192, heads=24, kv_heads=8, head_dim=128, training_frames=7,
         ),
     )
 }  # fmt: skip

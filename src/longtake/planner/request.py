@@ -28,6 +28,7 @@ class ModelShape:
     itemsize: int = 2  # bytes of one K or V element, of an activation, and of most weights
     own: str = "full"  # the policy it is run with if the user names none, as the command line has it
     planned: str = "full"  # the policy of a plan that names none: what others are compared with
+    training_frames: int | None = None  # latent frames of a training clip, if known
     sizes: tuple[tuple[int, int], ...] = ()  # others it is asked for: width, height
 
 

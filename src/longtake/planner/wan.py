@@ -34,11 +34,11 @@ SHAPES = {
     for shape in (
         WanShape(
             name="wan-1.3b", about="causal Wan2.1 T2V 1.3B", width=832, height=480, fps=16, layers=30, hidden=1536,
-            ffn=8960, sizes=((480, 272), (640, 352)),
+            ffn=8960, training_frames=21, sizes=((480, 272), (640, 352)),
         ),
         WanShape(
             name="wan-14b", about="causal Wan2.1 T2V 14B", width=832, height=480, fps=16, layers=40, hidden=5120,
-            ffn=13_824, sizes=((480, 272), (1280, 720)),
+            ffn=13_824, training_frames=21, sizes=((480, 272), (1280, 720)),
         ),
     )
 }  # fmt: skip

@@ -82,6 +82,7 @@ class WanSizes(ModelShape):
             HistoryShape(
                 self.layers, self.heads, self.head_dim, self.itemsize, geometry.tokens_per_frame,
                 geometry.chunk_frames, streams=self.streams, frames=frames, compressed_tokens=small,
+                training_frames=self.training_frames,
             ), **known,
         )  # fmt: skip
 
@@ -136,5 +137,6 @@ class WanSizes(ModelShape):
             text_width=transformer["text_dim"], times=transformer["freq_dim"],
             rates=bool(transformer.get("inject_sample_info")), streams=1 if run["guidance_scale"] == 1 else 2,
             chunk_frames=run["chunk_frames"], steps=run.get("steps") or len(run["timesteps"]), vae=vae,
-            encoder_parameters=encoder_parameters, encoder_itemsize=itemsize, **known,
+            encoder_parameters=encoder_parameters, encoder_itemsize=itemsize,
+            training_frames=run["training_frames"], **known,
         )  # fmt: skip

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -99,10 +98,9 @@ class Uniform(SlotPolicy):
         return ranks(self.selection, frame.whole, frame.block.grid)[frame.places].argsort()
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
-        room = self.room(budget, shape)
-        frames = max(self.max_frames, math.ceil(room / shape.tokens_per_frame))
+        room, content = self.room(budget, shape), shape.tokens_per_frame - shape.structural_tokens
+        frames = self.spread(room, content, shape.structural_tokens, shape)
         tokens = room - frames * shape.structural_tokens
         if tokens < 1:
             raise LongtakeError(f"{budget} bytes leave {room} tokens of history for {frames} frames: lower max_frames")
-        content = shape.tokens_per_frame - shape.structural_tokens
         return replace(self, budget_tokens=min(tokens, frames * content), max_frames=frames)

@@ -147,10 +147,10 @@ class PackCache(SlotPolicy):
         return replace(self, rho=shape.decay)
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
-        """The whole budget as history tokens; the window becomes longer if whole frames alone would not fill it."""
+        """The whole budget as history tokens, over as many frames as these options spread theirs (see `spread`)."""
         room, structural = self.room(budget, shape), shape.structural_tokens * (not self.drop_structural)
         content = shape.tokens_per_frame - shape.structural_tokens
-        frames = max(self.max_frames, math.ceil(room / (content + structural)))
+        frames = self.spread(room, content, structural, shape)
         tokens = min(room - frames * structural, frames * content)
         if tokens < 1:
             raise LongtakeError(

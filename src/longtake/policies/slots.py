@@ -7,6 +7,7 @@ history without gaps, then the chunk in flight. Until something is evicted that 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,15 @@ class SlotPolicy(KVPolicy):
                 f"{(apart + 1) * shape.token_bytes} bytes, for the chunks in flight, its anchors and some history"
             )
         return rows
+
+    def spread(self, room: int, content: int, structural: int, shape: HistoryShape) -> int:
+        """Frames for `room` rows, a frame having so many tokens of each kind: as many to a frame's worth of content as
+        these options have, but none at a slot that no training clip had; more if whole frames would not fill it."""
+        to_one = max(1.0, self.window * content / max(1, self.budget(content)))
+        frames = int(room * to_one / (content + to_one * structural))
+        if shape.training_frames is not None:
+            frames = min(frames, shape.training_frames - shape.live_frames - self.leading)
+        return max(frames, self.window, math.ceil(room / (content + structural)))
 
     def _frames(self, block: Block) -> list[Frame]:
         """The block's latent frames of which anything is left, in time order."""
