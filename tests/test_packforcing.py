@@ -545,6 +545,15 @@ def test_a_fitted_policy_fits_and_works(frames, options):
     assert (larger.sink, larger.recent + larger.archive) >= (policy.sink, policy.recent + policy.archive)
 
 
+@pytest.mark.parametrize(("frames", "training", "shown"), [(15, None, 16), (15, 21, 3), (24, 60, 14), (24, 9, 1)])
+def test_a_fitted_policy_shows_no_more_blocks_than_stand_within_a_training_clip(frames, training, shown):
+    shape = HistoryShape(1, 1, 4, 4, tokens_per_frame=64, chunk_frames=3, training_frames=training, compressed_tokens=4)
+    policy = PackForcing().fit(frames * shape.frame_bytes, shape)
+    assert policy.top_k == shown and policy.archive > 16
+    if training == 60:
+        assert (policy.sink + policy.top_k + policy.recent + 1) * 3 == training
+
+
 def test_a_budget_below_a_chunk_and_its_predecessor_is_refused_with_what_would_do():
     host = tiny_wan()
     shape = history_shape(host, host.geometry())

@@ -186,7 +186,8 @@ class PackForcing(KVPolicy):
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """First a smaller sink, if it must be; then an archive of up to four times `top_k` blocks, then more recent
-        chunks whole, and what is left again for the archive."""
+        chunks whole, and what is left again for the archive. Of it no more blocks are shown than stand within a
+        training clip, packed: a model that was not trained under this policy knows no further places."""
         tokens, block = budget // shape.token_bytes, self._block(shape)
         if not block:
             raise LongtakeError("packforcing cannot be fitted without knowing how many tokens a compressed chunk has")
@@ -203,7 +204,10 @@ class PackForcing(KVPolicy):
             left -= 0 if self.offload else archive * block
             recent = self.recent + left // per_recent
             archive += 0 if self.offload else left % per_recent // block
-            return replace(least, recent=recent, archive=archive)
+            top_k = self.top_k
+            if shape.training_frames is not None:
+                top_k = min(top_k, max(1, shape.training_frames // shape.chunk_frames - sink - recent - 1))
+            return replace(least, recent=recent, archive=archive, top_k=top_k)
         needed = replace(self, sink=0, archive=0 if self.offload else 1, archive_bytes=None).capacity(endless)
         raise LongtakeError(
             f"{budget} bytes: packforcing needs {needed * shape.token_bytes} bytes for the newest chunk and the one in "
