@@ -38,7 +38,7 @@ def png(figure: Any, title: str, size: int = 9) -> bytes:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    across = int(figure.get_figwidth() * 72 / (0.55 * size))  # letters, which are about half as wide as high
+    across = int(figure.get_figwidth() * 72 / (0.68 * size))  # letters, which are two thirds as wide as high
     figure.suptitle(textwrap.fill(title, across), fontsize=size)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
