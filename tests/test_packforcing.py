@@ -485,6 +485,13 @@ def test_the_archive_has_a_hard_cap_in_bytes():
     shape = history_shape(host, host.geometry())
     block = shape.compressed_tokens * shape.token_bytes
     assert PackForcing(archive_bytes=5 * block + block // 2).settle(shape).archive == 5
+    assert PackForcing(archive_bytes=0).settle(shape).archive == 0
+    with pytest.raises(
+        LongtakeError, match=f"archive_bytes=10 hold no block of the middle: give {block} bytes"
+    ):
+        PackForcing(archive_bytes=10).settle(shape)
+    with pytest.raises(LongtakeError, match="archive_bytes=-1: give 0 bytes or more"):
+        PackForcing(archive_bytes=-1)
     take = take_of(PackForcing(sink=1, archive_bytes=3 * block), tiny_wan(timesteps=(1000,)))
     latents_of(take, 10)
     assert take.policy.archive == 3

@@ -352,3 +352,5 @@ def test_the_command_line_names_the_mode(tmp_path):
     assert len({tuple(x.flatten()[-200:].tolist()) for x in made.values()}) == len(SWITCHES)
     done = generate(tmp_path, "--switch-mode", "fade")
     assert done["exit"] == 2 and "keep, recache, flush" in done["said"].replace("\n", " ")
+    alone = CliRunner().invoke(app, ["generate", "a ball", "-o", str(tmp_path / "a.mp4"), "--switch-mode", "flush"])
+    assert alone.exit_code == 2 and "give --prompt-switch" in alone.output and not (tmp_path / "a.mp4").exists()

@@ -7,7 +7,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -61,6 +61,8 @@ class Registry(Generic[T]):
                 key, value = bare, pair
             elif not equals:
                 raise LongtakeError(f"{self.kind} option {pair!r}: write key=value, several separated by commas")
+            if key.strip() in options:
+                raise LongtakeError(f"{self.kind} option {key.strip()!r} is given twice: give one value")
             options[key.strip()] = value.strip()
         return options
 
@@ -133,7 +135,7 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
         plain = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in plain or (type(value) is int and float in plain):
             return value
-        raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}")
+        raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {_accepted(options)}")
     if type(None) in options and value.lower() in ("none", "null"):
         return None
     for option in options:
@@ -146,7 +148,13 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
                 continue
         if option is str:
             return value
-    raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}")
+    raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {_accepted(options)}")
+
+
+def _accepted(types_: Sequence[Any]) -> str:
+    """What may be written for a field of one of the types."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text"}
+    return " or ".join(words.get(each, type_name(each)) for each in types_)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -99,6 +99,8 @@ def generate(
     shell.check_choice(switch_mode, "--switch-mode", SWITCHES)
     height, width = shell.parse_size(size)
     switches = [parse_switch(text) for text in prompt_switch or ()]
+    if switch_mode is not None and not switches and (resume is None or prompt is None):
+        raise LongtakeError(f"--switch-mode {switch_mode} has nothing to do: give --prompt-switch SECONDS:PROMPT too")
     budget = None if memory is None else shell.parse_bytes(memory)
     shell.check_threads(threads)
 

@@ -68,12 +68,14 @@ class PackForcing(KVPolicy):
         for field in ("sink", "recent", "top_k", "archive"):
             if getattr(self, field) < 0:
                 raise LongtakeError(f"packforcing: {field}={getattr(self, field)}: give 0 chunks or more")
+        if self.archive_bytes is not None and self.archive_bytes < 0:
+            raise LongtakeError(f"packforcing: archive_bytes={self.archive_bytes}: give 0 bytes or more")
         for field, accepted in _CHOICES.items():
             if getattr(self, field) not in accepted:
                 raise LongtakeError(f"packforcing: {field}={getattr(self, field)!r}: use {' or '.join(accepted)}")
         if self.offload and self.layers != "shared" and self.select == "top":
             raise LongtakeError("packforcing: an archive in host memory needs one pick for all layers: layers=shared")
-        if self.layers == "shared" and self.score_by in ("sampled", "mass"):
+        if self.layers == "shared" and self.select == "top" and self.score_by in ("sampled", "mass"):
             raise LongtakeError(
                 f"packforcing: a shared pick knows query sums only; score_by={self.score_by}: layers=each"
             )
@@ -149,10 +151,16 @@ class PackForcing(KVPolicy):
     # --- what is held ---------------------------------------------------------------------------------------------
 
     def settle(self, shape: HistoryShape) -> Self:
-        """`archive_bytes` as a number of blocks."""
+        """`archive_bytes` as a number of blocks. Raises LongtakeError if it is none."""
         if self.archive_bytes is None:
             return self
-        return replace(self, archive=self.archive_bytes // max(1, self._block(shape) * shape.token_bytes))
+        block = max(1, self._block(shape) * shape.token_bytes)
+        if 0 < self.archive_bytes < block:
+            raise LongtakeError(
+                f"packforcing: archive_bytes={self.archive_bytes} hold no block of the middle: give {block} bytes or "
+                "more, or 0 for no middle"
+            )
+        return replace(self, archive=self.archive_bytes // block)
 
     def capacity(self, shape: HistoryShape) -> int:
         whole, archived = self._counts(shape)
