@@ -486,9 +486,7 @@ def test_the_archive_has_a_hard_cap_in_bytes():
     block = shape.compressed_tokens * shape.token_bytes
     assert PackForcing(archive_bytes=5 * block + block // 2).settle(shape).archive == 5
     assert PackForcing(archive_bytes=0).settle(shape).archive == 0
-    with pytest.raises(
-        LongtakeError, match=f"archive_bytes=10 hold no block of the middle: give {block} bytes"
-    ):
+    with pytest.raises(LongtakeError, match=f"archive_bytes=10 hold no block of the middle: give {block} bytes"):
         PackForcing(archive_bytes=10).settle(shape)
     with pytest.raises(LongtakeError, match="archive_bytes=-1: give 0 bytes or more"):
         PackForcing(archive_bytes=-1)
