@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -722,9 +723,12 @@ ASK_STEPS = ("deep-forcing", "flowcache")
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ASK_STEPS])
 def test_a_take_extended_with_its_own_latents_is_the_take(name):
-    made = take_of(policy=small(name), seed=4)
+    policy = small(name)
+    if name == "packforcing":  # what it shows of the middle is decided by such queries, unless it is the newest
+        policy = replace(policy, select="recent")
+    made = take_of(policy=policy, seed=4)
     latents = latents_of(made, 5)
-    given = take_of(made.host, small(name), seed=4)
+    given = take_of(made.host, policy, seed=4)
     given.extend(latents[None, :, :6])
     given.extend(latents[None, :, 6:])
     assert (given.frame, given.index) == (made.frame, made.index)
