@@ -20,10 +20,13 @@ from longtake.hosts.lumos import Lumos
 from longtake.hosts.magi.host import MagiHost, MagiSettings, host_config
 from longtake.hosts.magi.model import MagiTransformer3DModel
 from longtake.hosts.skyreels import SkyReels
+from longtake.hosts.skyreels import settings as skyreels_settings
 from longtake.hosts.wan import CausalWan
 from longtake.planner import ModelShape, PlanRequest, memory
 from longtake.planner.lumos import LumosShape
+from longtake.planner.magi import SHAPES as magi_shapes
 from longtake.planner.magi import MagiShape
+from longtake.planner.skyreels import SHAPES as skyreels_shapes
 from longtake.planner.skyreels import SkyReelsShape
 from longtake.planner.vae import MagiVae, WanVae
 from longtake.planner.wan import WanShape
@@ -198,6 +201,15 @@ def test_what_is_held_between_two_chunks_is_what_is_alive():
     tables = sum(table.nbytes for table in host.transformer.buffers())  # of rotations, which are no weights
     del given
     assert planned == pytest.approx(live_tensor_bytes() - before - tables, rel=WITHIN)
+
+
+def test_named_shapes_know_the_clips_their_models_were_trained_on():
+    for name, published in (("1.3b", "1.3B-540P"), ("14b", "14B-540P"), ("14b-720p", "14B-720P")):
+        shape = skyreels_shapes[f"skyreels-v2-{name}"]
+        assert shape.training_frames == skyreels_settings(published, {}).training_frames == shape.window
+    for shape in magi_shapes.values():
+        assert shape.training_frames == host_config(MagiSettings()).training_frames
+        assert shape.history(4, frames=60).training_frames == shape.training_frames, "and policies are told"
 
 
 def test_a_past_kept_quantised_is_counted_as_it_is_held():

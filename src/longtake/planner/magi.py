@@ -51,6 +51,7 @@ class MagiShape(ModelShape):
     own: str = "kv-range:ranges=5/4/3/2"
     planned: str = "kv-range:ranges=5/4/3/2"
     chunk_frames: int = CHUNK_FRAMES
+    training_frames: int | None = 5 * CHUNK_FRAMES
     channels: int = 16
     patch: int = 2
     text_width: int = 4096
@@ -82,8 +83,9 @@ class MagiShape(ModelShape):
     def history(self, per_frame: int, **known: Any) -> HistoryShape:
         """What a policy is told of a take, but for its end and the chunks in flight."""
         return HistoryShape(
-            self.layers, self.kv_heads, self.head_dim, self.itemsize, per_frame, self.chunk_frames, **known
-        )
+            self.layers, self.kv_heads, self.head_dim, self.itemsize, per_frame, self.chunk_frames,
+            training_frames=self.training_frames, **known,
+        )  # fmt: skip
 
     @classmethod
     def of(
@@ -97,7 +99,7 @@ class MagiShape(ModelShape):
             itemsize=itemsize, layers=model["num_layers"], hidden=model["hidden_size"], ffn=model["ffn_hidden_size"],
             heads=model["num_attention_heads"], kv_heads=model["num_query_groups"], head_dim=model["kv_channels"],
             steps=settings["num_steps"], window=settings["window_size"], passes=settings["cfg_number"],
-            ranges=run["kv_ranges"], own=own, planned=own,
+            ranges=run["kv_ranges"], own=own, planned=own, training_frames=run["training_frames"],
             chunk_frames=run["chunk_frames"], channels=model["in_channels"], patch=model["patch_size"],
             text_width=model["caption_channels"], longest_text=model["caption_max_length"], text_tokens=text_tokens,
             special=bool(settings["special_tokens"]), vae=vae, encoder_parameters=encoder_parameters,

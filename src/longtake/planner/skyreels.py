@@ -29,6 +29,7 @@ class SkyReelsShape(WanSizes):
     """Sizes of a SkyReels-V2 diffusion-forcing checkpoint and how it is run."""
 
     window: int | None = 25  # latent frames; None: one history without an end
+    training_frames: int | None = 25
     overlap: int = 5
     chunk_frames: int = 5
     steps: int = 50
@@ -59,7 +60,7 @@ SHAPES = {
         ),
         SkyReelsShape(
             name="skyreels-v2-14b-720p", about="SkyReels-V2-DF-14B-720P", width=1280, height=720, fps=24, layers=40,
-            hidden=5120, ffn=13_824, window=31,
+            hidden=5120, ffn=13_824, window=31, training_frames=31,
         ),
     )
 }  # fmt: skip
