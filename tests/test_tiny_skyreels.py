@@ -124,6 +124,7 @@ def test_training_goes_on_where_it_was_stopped_and_leaves_a_model(begun: Path, t
     assert [row["step"] for row in rows] == [1, 2]
     host = load(tmp_path / "m")
     assert isinstance(host, SkyReels) and host.config.world == "lanes" and host.config.overlap == 3
+    assert str(begun) not in (tmp_path / "m" / "vae" / "config.json").read_text(), "where it was trained is nobody's"
     take = Session(host, prompt="a ball", num_frames=5, num_inference_steps=2, height=16, width=16)
     assert next(take).frames.shape == (5, 16, 16, 3)
     pipe = SkyReelsV2DiffusionForcingPipeline.from_pretrained(tmp_path / "m", local_files_only=True)

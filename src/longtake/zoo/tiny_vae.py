@@ -1,6 +1,7 @@
 """The tiny video autoencoder: a stock `AutoencoderKLWan` with few channels, trained on the world of lanes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,15 @@ def refine(folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, see
         stage.step(loss, psnr=10 * float(torch.log10(4.0 / error)))
     stage.finish()
     vae.requires_grad_(False)
+
+
+def load(folder: Path) -> AutoencoderKLWan:
+    """The autoencoder of a training, in fp32; where it lay is not written into what is made of it. Raises OSError or
+    ValueError where there is none."""
+    found: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    vae: Any = AutoencoderKLWan.from_config({k: v for k, v in found.config.items() if k != "_name_or_path"})
+    vae.load_state_dict(found.state_dict())
+    return vae.eval()
 
 
 def encode(vae: AutoencoderKLWan, video: np.ndarray) -> torch.Tensor:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from longtake.errors import LongtakeError
 from longtake.hosts.base import CONFIG_NAME, HostConfig
 from longtake.hosts.skyreels import FIRST_LEVEL, shifted
-from longtake.zoo import forcing, lanes, tiny_text, tiny_transformer
+from longtake.zoo import forcing, lanes, tiny_text, tiny_transformer, tiny_vae
 from longtake.zoo.clips import CHUNK, Batch, Library
 from longtake.zoo.stages import Stage, circumstances
 from longtake.zoo.train_tiny_wan import PROMPTS
@@ -143,7 +143,7 @@ def _begun(
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
     try:
-        vae: Any = AutoencoderKLWan.from_pretrained(begin / "vae", torch_dtype=torch.float32, local_files_only=True)
+        vae: Any = tiny_vae.load(begin / "vae")
         start = next(iter((begin / "work").glob("*-many.pt")))
     except (OSError, ValueError, StopIteration) as error:
         raise LongtakeError(

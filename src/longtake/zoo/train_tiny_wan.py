@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -58,7 +57,7 @@ def train(
         start = work / f"{variant}-many.pt"
     else:
         try:
-            vae = AutoencoderKLWan.from_pretrained(begin / "vae", torch_dtype=torch.float32, local_files_only=True)
+            vae = tiny_vae.load(begin / "vae")
             start = next(iter((begin / "work").glob("*-many.pt")))
         except (OSError, ValueError, StopIteration) as error:
             raise LongtakeError(f"{begin} is no finished training: give an --out of `longtake train`") from error
