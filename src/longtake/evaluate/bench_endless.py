@@ -92,11 +92,9 @@ class _Bench:
 
     def session(self, policy: KVPolicy, seed: int, footage: Footage | None) -> Session:
         """A take that has seen what it is given."""
-        if footage is None:
-            session = Session(self.host, policy, prompt=self.host.config.prompts[0], seed=seed)
-        else:
-            prompt, size = footage.scene.caption, lanes.SIZE
-            session = Session(self.host, policy, prompt=prompt, seed=seed, height=size, width=size)
+        prompt = self.host.config.prompts[0] if footage is None else footage.scene.caption
+        size = None if footage is None else lanes.SIZE
+        session = Session(self.host, policy, prompt=prompt, seed=seed, height=size, width=size)
         assert session.decoder is not None
         session.decoder = InHalf(session.decoder, self.host)  # half of the time would go there, and none of it is told
         if footage is not None:

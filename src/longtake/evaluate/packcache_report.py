@@ -19,8 +19,7 @@ FLAT = 1.05  # most that a packed frame may cost at the end against the first on
 class ArmRun:
     """One arm, by generated frame: its seconds, had all its forwards taken what its median forward took (they are equal
     work, and a machine's hiccups are not the arm's); the seconds by the clock; bytes of K/V in use after it, and most
-    bytes allocated during it, spare
-    rows and the view among them (None: not known)."""
+    bytes allocated during it, spare rows and the view among them (None: not known)."""
 
     seconds: list[float] = field(default_factory=list)
     clock_seconds: list[float] = field(default_factory=list)

@@ -60,16 +60,15 @@ class Footage:
 
     def pixels(self, frame: int, latents: Tensor) -> np.ndarray:
         """uint8 [T, H, W, 3]: the frames of `latents` [1, C, f, h, w] that follow the true latent frame `frame` - 1."""
-        decoder = self.host.decoder()
-        with _fast(self.host):
-            if frame not in self._warm:
-                longest = max(found for found, disguised in self._latents if not disguised)
-                if frame:
-                    decoder.push(self.latents(longest)[:, :, max(0, frame - WARM) : frame])
-                self._warm[frame] = decoder.state_dict()
-            else:
-                decoder.load_state_dict(*self._warm[frame])
-            return _push(decoder, latents)
+        decoder = InHalf(self.host.decoder(), self.host)
+        if frame not in self._warm:
+            longest = max(found for found, disguised in self._latents if not disguised)
+            if frame:
+                decoder.push(self.latents(longest)[:, :, max(0, frame - WARM) : frame])
+            self._warm[frame] = decoder.state_dict()
+        else:
+            decoder.load_state_dict(*self._warm[frame])
+        return decoder.push(latents)[0].cpu().numpy()
 
     def true(self, frame: int, latents: Tensor) -> bool:
         """Whether `latents` [1, C, f, h, w] are the true ones from latent frame `frame` on, as far as known."""
@@ -190,10 +189,6 @@ def _encoded(host: Host, pixels: Tensor) -> Tensor:
     if host.codes:
         return host.codec.encode(pixels)  # type: ignore[attr-defined]
     return encode(host.vae, pixels).float()  # type: ignore[attr-defined]
-
-
-def _push(decoder: Decoder, latents: Tensor) -> np.ndarray:
-    return decoder.push(latents)[0].cpu().numpy()
 
 
 def _fast(host: Host) -> contextlib.AbstractContextManager[Any]:
