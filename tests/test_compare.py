@@ -109,6 +109,7 @@ def test_an_interval_holds_its_mean_and_a_constant_has_none():
     low, high = statistics.interval(hits)
     assert low < statistics.mean(hits) < high
     assert statistics.interval({0: [1.0], 1: [1.0, 1.0]}) == (1.0, 1.0)
+    assert np.isnan(statistics.interval({0: [1.0, 0.0], 1: []})[0]), "one scene has no spread"
     assert np.isnan(statistics.mean({})) and np.isnan(statistics.interval({0: []})[0])
 
 
@@ -121,6 +122,29 @@ def test_a_paired_difference_is_the_same_from_both_sides():
     assert gap == pytest.approx(-back) and (low, high) == pytest.approx((-up, -down)) and p == q
     assert low < gap < high and 0 < p <= 1
     assert statistics.paired(first, first)[0] == 0 and statistics.paired(first, first)[2] == 1
+
+
+@pytest.mark.parametrize("scenes", [1, 2, 5, 7])
+def test_few_scenes_cannot_be_sure(scenes):
+    better, worse = ({seed: [hit] * 9 for seed in range(scenes)} for hit in (1.0, 0.0))
+    gap, _, p = statistics.paired(better, worse)
+    assert gap == 1 and p == pytest.approx(2 / 2**scenes), "all of them agree, and one exchange of all as well"
+
+
+def test_chance_is_called_sure_no_oftener_than_it_should():
+    rng = np.random.default_rng(4)
+    draw = lambda: {seed: (rng.random(4) < 0.5).astype(float).tolist() for seed in range(10)}
+    found = [statistics.paired(draw(), draw())[2] for _ in range(300)]
+    assert np.mean(np.array(found) < 0.05) < 0.09, "about a twentieth of differences that are none"
+
+
+def test_many_scenes_are_tested_as_the_few_are(monkeypatch):
+    rng = np.random.default_rng(5)
+    first = {seed: (rng.random(3) < 0.7).astype(float).tolist() for seed in range(12)}
+    second = {seed: (rng.random(3) < 0.5).astype(float).tolist() for seed in range(12)}
+    exact = statistics.paired(first, second)[2]
+    monkeypatch.setattr(statistics, "EXACT", 4)
+    assert statistics.paired(first, second)[2] == pytest.approx(exact, abs=0.02) and 0 < exact < 1
 
 
 def test_pairs_see_what_scenes_have_in_common():

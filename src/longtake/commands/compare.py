@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ..evaluate.compare.runner import Plan
 
 FEWEST, MOST = 12, 200  # true latent frames
+SCHEMA = 2  # of summary.json
 SCENES = 32  # of every arm on the world
-WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor")
+WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor", "against")
 TAKES_ONLY = ("prompt", "seconds", "chunks", "reuse", "size", "steps", "guidance", "negative")
 
 
@@ -67,6 +68,13 @@ def compare(
     protocol: Annotated[
         list[str] | None,
         typer.Option("--protocol", metavar="A|B", help="A, B, or both (repeat it).", show_default="A"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="POLICY",
+            help="One of the policies compared, as given: the paired difference of all others from it, in a column.",
+        ),
     ] = None,
     seeds: Annotated[
         int | None,
@@ -153,6 +161,7 @@ def compare(
         "protocol": protocol, "frames": frames, "free": free, "gap": gap, "prompt": prompt, "seconds": seconds,
         "chunks": chunks, "reuse": reuse, "size": size, "steps": steps, "guidance": guidance, "negative": negative,
         "model": model, "policy": policy, "budget": budget, "seeds": seeds, "compressor": compressor,
+        "against": against,
     }  # fmt: skip
     takes = matrix is not None or bool(prompt)
     _check(given, matrix, takes)
@@ -165,6 +174,7 @@ def compare(
     from ..evaluate.compare import adapters
     from ..evaluate.compare.cells import Store
     from ..evaluate.compare.runner import cells, execute, origin
+    from ..evaluate.compare.summary import made_by, summarise
     from ..evaluate.compare.take_tables import take_tables
     from ..evaluate.metrics import DEFINITIONS
     from ..evaluate.provenance import write_atomically
@@ -175,6 +185,8 @@ def compare(
     plan = _plan_of_takes(given, matrix, device) if takes else _plan_of_world(given, device)
     notes: list[str] = []
     todo, store = cells(plan, notes), Store(out)
+    if against is not None and against not in (known := {cell.arm.name for cell in todo}):
+        raise LongtakeError(f"--against {against}: none of the policies compared, which are {', '.join(sorted(known))}")
     with contextlib.ExitStack() as around:
         executor = None
         if ray or ray_address:
@@ -192,8 +204,9 @@ def compare(
         if export_lpips is not None:
             done.append(f"{adapters.export_lpips(todo, store, export_lpips)} pairs for LPIPS in {export_lpips}")
     summary: dict[str, Any] = {
-        "command": shlex.join(["longtake", *sys.argv[1:]]), "notes": notes, "cells": len(todo),
+        "schema": SCHEMA, "command": shlex.join(["longtake", *sys.argv[1:]]), "notes": notes, "cells": len(todo),
         "finished": sum(cell in store for cell in todo), "origin": origin(plan),
+        "made_by": made_by(todo, store),
     }  # fmt: skip
     if takes:
         summary |= {
@@ -202,9 +215,8 @@ def compare(
         }  # fmt: skip
     else:
         from ..evaluate.compare.runner import training_frames
-        from ..evaluate.compare.summary import summarise
 
-        summary |= summarise(todo, store, training_frames(plan))
+        summary |= summarise(todo, store, training_frames(plan), against)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "report.html", page(summary, out).encode())
     tables = len(summary["tables"]) + len(summary.get("takes", ()))

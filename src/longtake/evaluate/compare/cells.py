@@ -90,7 +90,7 @@ class Store:
         return read_json(self._path(cell))
 
     def files(self, cell: Cell) -> Path:
-        """The folder of a cell's files; only free takes have one."""
+        """The folder of a cell's files."""
         return self.folder / cell.key
 
     def all(self) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ B = (
     ("luma_slope", "luma, grey levels / 1,000"), ("contrast_slope", "contrast, the same"),
 )  # fmt: skip
 
+PAIRED = ("against_window", "against_chosen")
 SURE = 0.05  # a corrected p below it is set in bold
 
 
@@ -43,15 +44,18 @@ def fill(document: str, folder: Path) -> tuple[str, int]:
 
 
 def markdown(summary: dict[str, Any], brief: bool = False) -> str:
-    """All tables of a summary, each with where it comes from."""
-    return "\n\n".join([_table(table, brief) for table in summary["tables"]] + [_origin(summary)])
+    """All tables of a summary, what is not in them, and where they come from."""
+    return "\n\n".join([*(_table(table, brief) for table in summary["tables"]), *_left_out(summary), _origin(summary)])
 
 
 def _table(table: dict[str, Any], brief: bool) -> str:
     columns = A if table["protocol"] == "A" else B
     rows = [row for row in table["rows"] if not brief or _chosen(row, table["rows"])]
-    against = next((row["against_window"]["other"].partition(" @")[0] for row in rows if "against_window" in row), None)
-    titles = [title for _, title in columns] + ([f"colour, less that of `{against}`"] if against else [])
+    others = {
+        key: next(row[key]["other"].partition(" @")[0] for row in rows if key in row)
+        for key in PAIRED if any(key in row for row in rows)
+    }  # fmt: skip
+    titles = [title for _, title in columns] + [f"colour, less that of `{other}`" for other in others.values()]
     lines = [
         f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",
         "| policy | budget, KiB | returns | " + " | ".join(titles)
@@ -60,27 +64,32 @@ def _table(table: dict[str, Any], brief: bool) -> str:
     ]  # fmt: skip
     for row in rows:
         name = f"*{row['name']}*" if row["control"] else f"`{row['name']}`"
-        budget = "" if row["budget"] is None else f"{row['budget'] // 1024}"
         cells = [_estimate(row.get(key), row["events"]) for key, _ in columns]
-        cells += [_difference(row.get("against_window"))] * bool(against)
+        cells += [_difference(row.get(key)) for key in others]
         cells += [str(row["attended_tokens"]), *(f"{row[key] / 2**20:.1f}" for key in ("device_bytes", "total_bytes"))]
-        lines.append(f"| {name} | {budget} | {row['events']} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {_kib(row)} | {row['events']} | {' | '.join(cells)} |")
     return "\n".join(lines if brief else [*lines, *_by_gap(table["rows"])])
 
 
 def _by_gap(rows: list[dict[str, Any]]) -> list[str]:
-    """Colour recalled over the gap, of every policy at its largest budget."""
-    found = {row["name"]: row["recall_colour_by_gap"] for row in rows if "recall_colour_by_gap" in row}
-    gaps = sorted({gap for row in found.values() for gap in row}, key=int)
+    """Colour recalled over the gap, of every policy at every budget."""
+    rows = [row for row in rows if "recall_colour_by_gap" in row and not row["control"]]
+    gaps = sorted({gap for row in rows for gap in row["recall_colour_by_gap"]}, key=int)
     if not gaps:
         return []
-    lines = ["", "| colour recalled at gap | " + " | ".join(gaps) + " |", "|---|" + "---|" * len(gaps)]
+    lines = [
+        "",
+        "| colour recalled at gap | budget, KiB | " + " | ".join(gaps) + " |",
+        "|---|---|" + "---|" * len(gaps),
+    ]
     for row in rows:
-        if row["control"] or not _chosen(row, rows):
-            continue
         cells = [_estimate(row["recall_colour_by_gap"].get(gap), row["events"]) for gap in gaps]
-        lines.append(f"| `{row['name']}` | {' | '.join(cells)} |")
+        lines.append(f"| `{row['name']}` | {_kib(row)} | {' | '.join(cells)} |")
     return lines
+
+
+def _kib(row: dict[str, Any]) -> str:
+    return "" if row["budget"] is None else f"{row['budget'] // 1024}"
 
 
 def _chosen(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
@@ -92,25 +101,36 @@ def _estimate(found: dict[str, Any] | None, events: int) -> str:
     """Mean and interval; with how many events, where it is not of all of them."""
     if not found or found.get("mean") is None:
         return ""
-    low, high = found["ci95"]
-    return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]" + (f" of {found['n']}" if found["n"] != events else "")
+    ends = f" [{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}]" if found["ci95"] else ""
+    return f"{found['mean']:.2f}{ends}" + (f" of {found['n']}" if found["n"] != events else "")
 
 
 def _difference(found: dict[str, Any] | None) -> str:
     """Difference and interval; bold if it is unlikely to be chance."""
     if not found:
         return ""
-    low, high = found["ci95"]
+    ends = f" [{found['ci95'][0]:+.2f}, {found['ci95'][1]:+.2f}]" if found["ci95"] else ""
     gap = f"{found['difference']:+.2f}"
-    return f"{f'**{gap}**' if found['p_holm'] < SURE else gap} [{low:+.2f}, {high:+.2f}]"
+    return (f"**{gap}**" if found["p_holm"] < SURE else gap) + ends
+
+
+def _left_out(summary: dict[str, Any]) -> list[str]:
+    """What was asked for and has no row."""
+    notes = list(dict.fromkeys(summary.get("notes") or ()))
+    return [f"Not in the table: {'; '.join(notes)}."] if notes else []
 
 
 def _origin(summary: dict[str, Any]) -> str:
-    origin = summary["origin"]
-    machine, versions = origin.get("machine", {}), origin.get("versions", {})
-    parts = [f"`{summary['command']}`", machine.get("processor") or machine.get("cpu") or "", origin.get("date", "")]
-    if torch := versions.get("torch"):
-        parts.append(f"torch {torch}")
-    commit = (origin.get("git") or {}).get("commit") or ""
-    parts.append(f"commit {commit[:10]}" if commit else "")
-    return ": ".join([parts[0], ", ".join(part for part in parts[1:] if part) + "."])
+    """The command, the machine, and every commit that cells were made at."""
+    made = summary.get("made_by") or []
+    machines = dict.fromkeys(one["gpu"] or one["cpu"] or "" for one in made)
+    torches = dict.fromkeys(f"torch {one['torch']}" for one in made if one["torch"])
+    dates = sorted({one[end][:10] for one in made for end in ("from", "to") if one[end]})
+    commits = [f"{one['cells']} cells at {commit_of(one, 10)}" for one in made]
+    parts = [*machines, " to ".join(dict.fromkeys(dates[:1] + dates[-1:])), *torches, ", ".join(commits)]
+    return ": ".join([f"`{summary['command']}`", ", ".join(part for part in parts if part) + "."])
+
+
+def commit_of(made: dict[str, Any], digits: int) -> str:
+    """The commit of one entry of `made_by`, and whether the code was as committed."""
+    return (made["commit"] or "no commit")[:digits] + (" with uncommitted changes" if made["dirty"] else "")

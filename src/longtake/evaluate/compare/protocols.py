@@ -1,25 +1,37 @@
 """The protocols. A: true frames are committed under the policy, then two chunks are generated from noise that is the
-same for all policies, at every probe. B: a short true beginning, then a free run far beyond the training length."""
+same for all policies, at every probe. B: a short true beginning, then a free run far beyond the training length.
+
+Of what was generated a cell keeps, in files: `take.mp4` (under A one probe's stretch after another; `probes` in its
+outcome says at which true latent frame each begins), `latents.safetensors` (`latents`, fp32 [F, C, h, w]; controls that
+use no model have none) and `chunks.json` (what every chunk cost).
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ...chunk import Chunk
 from ...hosts.base import Host
 from ...session import Session
+from ...video import Mp4Writer
 from ...zoo import lanes, readback
 from . import arms as names
+from . import files
 from .arms import Arm
 from .course import course
 from .footage import Footage, Probe, Projector, probes
 from .picture import psnr
+from .writing import writing
 
 CHUNKS, FRAMES = 2, 6  # generated at every probe, at least: so long an actor takes to be seen whole
 
@@ -53,19 +65,57 @@ def ahead(chunk: int) -> int:
     return max(CHUNKS, math.ceil(FRAMES / chunk))
 
 
-def run(arm: Arm, footage: Footage, setting: Setting) -> dict[str, Any]:
-    """One cell, as JSON values: `events` and the cost figures of protocol A, or the course of protocol B."""
-    return (teacher_forced if setting.protocol == "A" else free_run)(arm, footage, setting)
+class Made:
+    """What a cell has generated."""
+
+    def __init__(self, fps: float) -> None:
+        self.fps = fps
+        self.videos: list[np.ndarray] = []  # uint8 [T, H, W, 3]
+        self.latents: list[Tensor] = []  # [f, C, h, w]
+        self.chunks: list[dict[str, Any]] = []
+
+    def add(self, chunk: Chunk) -> Tensor:
+        """Note a chunk; its latents [1, C, f, h, w]."""
+        told = chunk.stats
+        self.chunks.append({
+            "frame": told.frame, "latent_frames": told.latent_frames, "seconds": round(told.seconds, 6),
+            "attended_tokens": told.attended_tokens, "history_bytes": told.history_bytes, "forwards": told.forwards,
+            "reused": told.reused, "decisions": [asdict(decision) for decision in told.decisions],
+        })  # fmt: skip
+        self.latents.append(chunk.latents.float().cpu().transpose(0, 1))
+        return chunk.latents[None]
+
+    def write(self, folder: Path) -> None:
+        """The files of the cell. Raises StoreError if they cannot be written."""
+        with writing():
+            if self.videos:
+                with Mp4Writer(folder / files.VIDEO, self.fps, *self.videos[0].shape[1:3]) as video:
+                    for frames in self.videos:
+                        video.write(frames)
+            if self.latents:
+                save_file({"latents": torch.cat(self.latents).contiguous()}, folder / files.LATENTS)
+            told = json.dumps(self.chunks, separators=(",", ":"), default=str)
+            (folder / files.CHUNKS).write_text(told, encoding="utf-8")
 
 
-def teacher_forced(arm: Arm, footage: Footage, setting: Setting) -> dict[str, Any]:
+def run(arm: Arm, footage: Footage, setting: Setting, folder: Path | None = None) -> dict[str, Any]:
+    """One cell, as JSON values: `events` and the cost figures of protocol A, or the course of protocol B. What it
+    generates is kept in `folder`."""
+    made = Made(footage.host.geometry(lanes.SIZE, lanes.SIZE).fps)
+    cell = (teacher_forced if setting.protocol == "A" else free_run)(arm, footage, setting, made)
+    if folder is not None:
+        made.write(folder)
+    return cell
+
+
+def teacher_forced(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> dict[str, Any]:
     """Protocol A."""
     host, seed = footage.host, footage.seed
     chunk = host.config.chunk_frames
     truth = footage.latents(setting.length(host))
     shown = footage.latents(setting.length(host), disguised=True) if arm.control == names.SHUFFLED else truth
     take = None if arm.control in names.MODEL_FREE else _session(arm, footage, setting)
-    cell: dict[str, Any] = {"events": [], "psnr": [], "attended_tokens": 0, "bytes": {}}
+    cell: dict[str, Any] = {"events": [], "psnr": [], "attended_tokens": 0, "bytes": {}, "probes": []}
     for probe in probes(footage.scene, setting.given(host), chunk):
         if take is None:
             video = _without_model(arm.control, footage, truth, probe.frame, ahead(chunk) * chunk)
@@ -74,17 +124,19 @@ def teacher_forced(arm: Arm, footage: Footage, setting: Setting) -> dict[str, An
                 take.extend(shown[:, :, take.frame : take.frame + chunk])
             made = []
             for generated in fork(take, 1000 * seed + probe.frame, ahead(chunk)):
-                made.append(generated.latents[None])
+                made.append(kept.add(generated))
                 cell["attended_tokens"] = max(cell["attended_tokens"], generated.stats.attended_tokens)
             cell["bytes"] = held(take)
             video = footage.pixels(probe.frame, torch.cat(made, 2))
         start = lanes.STRIDE * (probe.frame - 1) + 1
+        kept.videos.append(video)
+        cell["probes"].append(probe.frame)
         cell["events"] += _judged(video, footage.scene, start, probe)
         cell["psnr"].append(psnr(video, footage.lawful(start, len(video))))
     return cell
 
 
-def free_run(arm: Arm, footage: Footage, setting: Setting) -> dict[str, Any]:
+def free_run(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> dict[str, Any]:
     """Protocol B."""
     host = footage.host
     chunk, given = host.config.chunk_frames, setting.given(host)
@@ -98,10 +150,11 @@ def free_run(arm: Arm, footage: Footage, setting: Setting) -> dict[str, Any]:
         take.extend(footage.latents(given, disguised=True) if arm.control == names.SHUFFLED else truth)
         made = []
         for generated in fork(take, footage.seed, free // chunk):
-            made.append(generated.latents[None])
+            made.append(kept.add(generated))
             cell["attended_tokens"] = max(cell["attended_tokens"], generated.stats.attended_tokens)
         cell["bytes"] = held(take)
         video = footage.pixels(given, torch.cat(made, 2))
+    kept.videos.append(video)
     return cell | course(video, footage.scene, lanes.STRIDE * (given - 1) + 1, chunk)
 
 

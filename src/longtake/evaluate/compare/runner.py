@@ -198,14 +198,14 @@ def make(cell: Cell, store: Store, folder: Path, device: str | None) -> str:
     setting, started = cell.setting, time.perf_counter()
     origin = lambda: {**_origin(str(host.device)), "seconds": round(time.perf_counter() - started, 3)}
     try:
-        if isinstance(setting, TakeSetting):
-            with store.workshop(cell) as made:
+        with store.workshop(cell) as made:
+            if isinstance(setting, TakeSetting):
                 outcome = make_take(cell.arm, host, setting, cell.seed, made)
-                store.put(cell, outcome, {**origin(), "config": cell.key}, made)
-        else:
-            footage = _footage(cell.model, device, cell.seed, setting, folder)
-            started = time.perf_counter()
-            store.put(cell, run(cell.arm, footage, setting), origin())
+            else:
+                footage = _footage(cell.model, device, cell.seed, setting, folder)
+                started = time.perf_counter()
+                outcome = run(cell.arm, footage, setting, made)
+            store.put(cell, outcome, {**origin(), "config": cell.key}, made)
     except StoreError:
         raise
     except Exception as error:  # a policy may be anybody's

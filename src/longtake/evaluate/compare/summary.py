@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,21 +19,27 @@ TRUE_ENOUGH = 0.95
 FULL, WINDOWS = "full", ("window:positions=slots", "window")  # what others are tested against; the first that is there
 
 
-def summarise(todo: Sequence[Cell], store: Store, training_frames: dict[str, int]) -> dict[str, Any]:
-    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells."""
+def summarise(
+    todo: Sequence[Cell], store: Store, training_frames: dict[str, int], against: str | None = None
+) -> dict[str, Any]:
+    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells.
+    `against` names a policy that the others are tested against too."""
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in todo:
         if cell not in store:
             continue
         label = label_of(cell)
-        arms[label] = cell.arm.as_dict()
+        arms[cell.model, label] = cell.arm.as_dict()
         groups.setdefault((cell.model, cell.setting.protocol), {}).setdefault(label, []).append(store.get(cell))
     tables = []
     for (model, protocol), by_arm in groups.items():
         make = _teacher_forced if protocol == "A" else _free
-        rows = [{"arm": label, **arms[label], **make(found, training_frames[model])} for label, found in by_arm.items()]
-        _differences(rows, by_arm, protocol)
+        rows = [
+            {"arm": label, **arms[model, label], **make(found, training_frames[model])}
+            for label, found in by_arm.items()
+        ]
+        _differences(rows, by_arm, protocol, against)
         tables.append(
             {"model": model, "protocol": protocol, "rows": rows, "admitted": _admitted(rows), "chance": CHANCE}
         )
@@ -94,22 +101,52 @@ def estimate(hits: Hits) -> dict[str, Any]:
     count = sum(map(len, hits.values()))
     if not count:
         return {"n": 0}
-    low, high = interval(hits)
-    return {"n": count, "mean": round(mean(hits), 4), "ci95": [round(low, 4), round(high, 4)]}
+    return {"n": count, "mean": round(mean(hits), 4), "ci95": _bounds(*interval(hits))}
 
 
-def _differences(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]], protocol: str) -> None:
-    """Paired differences of colour recall from full history, and from a window of the same budget; each corrected for
-    their number."""
+def _bounds(low: float, high: float) -> list[float] | None:
+    """An interval's ends; None where there is none, as of one scene."""
+    return None if math.isnan(low) else [round(low, 4), round(high, 4)]
+
+
+def made_by(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
+    """Which code and machine the finished cells come from, most cells first: a folder may have been filled by several
+    runs."""
+    counts: dict[str, int] = {}
+    dates: dict[str, list[str]] = {}
+    for cell in todo:
+        if cell in store:
+            origin = store.get(cell)["origin"]
+            git, machine = origin.get("git") or {}, origin.get("machine") or {}
+            told = {
+                "commit": git.get("commit"), "dirty": git.get("dirty"), "cpu": machine.get("cpu"),
+                "gpu": machine.get("gpu"), "torch": (origin.get("versions") or {}).get("torch"),
+            }  # fmt: skip
+            key = json.dumps(told)
+            counts[key] = counts.get(key, 0) + 1
+            dates.setdefault(key, []).append(str(origin.get("date", "")))
+    return [
+        {**json.loads(key), "cells": counts[key], "from": min(dates[key]), "to": max(dates[key])}
+        for key in sorted(counts, key=lambda key: -counts[key])
+    ]
+
+
+def _differences(
+    rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]], protocol: str, against: str | None = None
+) -> None:
+    """Paired differences of colour recall from full history, from a window of the same budget, and from the policy
+    `against` at the same budget; each corrected for their number."""
     kind = "events" if protocol == "A" else "returns"
     hits = {
         label: {cell["seed"]: [float(e["colour"]) for e in cell["outcome"][kind]] for cell in found}
         for label, found in by_arm.items()
     }
     window = next((name for name in WINDOWS if any(row["name"] == name for row in rows)), None)
-    windows = {row["budget"]: row["arm"] for row in rows if row["name"] == window}
+    at_budget = lambda name: {row["budget"]: row["arm"] for row in rows if row["name"] == name}
+    windows, chosen = at_budget(window), at_budget(against)
     others: dict[str, Callable[[dict[str, Any]], str]] = {
         "against_full": lambda row: FULL, "against_window": lambda row: windows.get(row["budget"], ""),
+        "against_chosen": lambda row: chosen.get(row["budget"], ""),
     }  # fmt: skip
     for key, other_of in others.items():
         pairs = [(row, other_of(row)) for row in rows if row["arm"] not in names.CONTROLS]
@@ -119,9 +156,11 @@ def _differences(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, An
         for (row, other), (gap, (low, high), _), p in zip(pairs, found, ps, strict=True):
             if not math.isnan(gap):
                 row[key] = {
-                    "other": other, "difference": round(gap, 4), "ci95": [round(low, 4), round(high, 4)],
+                    "other": other,
+                    "difference": round(gap, 4),
+                    "ci95": _bounds(low, high),
                     "p_holm": round(p, 5),
-                }  # fmt: skip
+                }
 
 
 def _admitted(rows: list[dict[str, Any]]) -> dict[str, bool]:

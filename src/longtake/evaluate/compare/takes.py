@@ -30,10 +30,10 @@ from ...video import Mp4Writer
 from ...zoo import lanes, readback
 from ..metrics import Meter
 from .arms import Arm
+from .files import CHUNKS, FRAMES, LATENTS, SIGHT, VIDEO
 from .protocols import held
 from .writing import writing
 
-VIDEO, LATENTS, CHUNKS, SIGHT, FRAMES = "take.mp4", "latents.safetensors", "chunks.json", "sight.json", "frames.json"
 MOST, OLDEST = 512, 16  # blocks told of a chunk's sight; of more, the oldest few and the newest
 
 

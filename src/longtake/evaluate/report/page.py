@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..compare.markdown import commit_of
 from . import takes, world
 from .table import wish
 from .text import escape
@@ -125,8 +126,13 @@ def _provenance(summary: dict[str, Any]) -> str:
                 rows.append(f"<tr><th scope=row>{escape(group)}: {escape(key)}</th><td>{escape(value)}</td></tr>")
     if not rows:
         return ""
+    made = "".join(
+        f"<li>{one['cells']} cells at {escape(commit_of(one, 12))}, {escape(one['gpu'] or one['cpu'] or '')}, "
+        f"{escape(one['from'][:10])}</li>"
+        for one in summary.get("made_by") or ()
+    )
     return (
-        "<section aria-labelledby=origin><h2 id=origin>Where it was made</h2><p>The last run; every file in cells/ has "
-        "the origin of its own cell.</p><details><summary>Machine and versions</summary><div class=wide>"
-        f"<table class=facts><tbody>{''.join(rows)}</tbody></table></div></details></section>"
+        f"<section aria-labelledby=origin><h2 id=origin>Where it was made</h2><ul>{made}</ul><p>Below, the last run; "
+        "every file in cells/ has the origin of its own cell.</p><details><summary>Machine and versions</summary>"
+        f"<div class=wide><table class=facts><tbody>{''.join(rows)}</tbody></table></div></details></section>"
     )

@@ -52,9 +52,11 @@ def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
     if min((row["seeds"] for row in rows), default=0) < 2:
         warning += "<p class=warn>One scene: its interval says nothing about others.</p>"
     chance = found["chance"]
+    chosen = next((row["against_chosen"]["other"] for row in rows if "against_chosen" in row), "").partition(" @")[0]
     columns = [
         Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"),
-        Column("against_window", "colour, against a window", hint="of equal bytes"), *COSTS,
+        Column("against_window", "colour, against a window", hint="of equal bytes"),
+        *([Column("against_chosen", "colour, against the chosen", hint=chosen)] if chosen else []), *COSTS,
         Column("seconds_per_cell", "s a cell"),
     ]  # fmt: skip
     markup = (
@@ -81,7 +83,7 @@ def _charts(found: dict[str, Any]) -> dict[str, Any]:
                 "budget": row["budget"],
                 "values": {column.key: row.get(column.key) for column in (*qualities, *COSTS)},
                 "gaps": [
-                    [int(gap), each["mean"], *each["ci95"], each["n"]]
+                    [int(gap), each["mean"], *(each["ci95"] or [each["mean"]] * 2), each["n"]]
                     for gap, each in row.get("recall_colour_by_gap", {}).items()
                     if is_estimate(each) and each["n"] >= RARE
                 ],
@@ -96,16 +98,14 @@ def _charts(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versus(row: dict[str, Any], column: Column) -> str | None:
-    if column.key not in ("against_full", "against_window"):
+    if not column.key.startswith("against_"):
         return None
     against = row.get(column.key)
     if not against:
         return "—"
-    low, high = against["ci95"]
-    return (
-        f"{number(against['difference'])}<small>{number(low)} to {number(high)}</small>"
-        f"<small>p {against['p_holm']:.2g}</small>"
-    )
+    low, high = against["ci95"] or (None, None)
+    ends = "" if low is None else f"<small>{number(low)} to {number(high)}</small>"
+    return f"{number(against['difference'])}{ends}<small>p {against['p_holm']:.2g}</small>"
 
 
 def _admission(admitted: dict[str, bool]) -> str:
