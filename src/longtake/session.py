@@ -172,7 +172,7 @@ class Session:
         started = time.perf_counter()
         self._obey()
         clock = Clock()
-        finished = self.rollout.next(clock)
+        finished = self.rollout.next(clock, last=self.index + 1 == self.chunks)
         frames, decode_seconds, compress_seconds = self._settle(finished.latents)
         frames = self._show(frames)
         stats = ChunkStats(
@@ -219,6 +219,8 @@ class Session:
         if isinstance(self.rollout, Staggered) and (self.frame or self.index):
             raise LongtakeError("a staggered take has begun: latents are given before its first chunk")
         for piece in pieces:
+            if self.chunks is not None and self.index >= self.chunks:
+                raise LongtakeError(f"the take has {self.chunks} chunks and all of them are there: nothing can follow")
             self._give(piece)
 
     def _give(self, latents: Tensor, image: bool = False) -> Tensor | None:
@@ -381,7 +383,7 @@ class Session:
         if not isinstance(self.sampler, Stagger):
             return OneByOne(
                 self.host, self.geometry, self.history, self.policy, self._reuse, self.sampler, noise=noise,
-                texts=self.texts, guidance=self.guidance_scale, chunks=self.chunks, on_step=self._predicted,
+                texts=self.texts, guidance=self.guidance_scale, on_step=self._predicted,
                 compressor=self.compressor, keep=keep, replay=replay,
             )  # fmt: skip
         if self.compressor is not None:

@@ -41,22 +41,22 @@ class _Made:
 class OneByOne(Rollout):
     """One take (or several in lockstep), one chunk at a time.
 
-    `chunks` is how many there will be, if it is known. `on_step(x0, timestep, step)` sees, and may replace, a step's
-    prediction of the finished chunk. `compressor` is needed by policies that ask for compressed forms. `keep` keeps
-    latents, for `rebuild`. `replay` runs recorded forwards of steps.
+    `on_step(x0, timestep, step)` sees, and may replace, a step's prediction of the finished chunk. `compressor` is
+    needed by policies that ask for compressed forms. `keep` keeps latents, for `rebuild`. `replay` runs recorded
+    forwards of steps.
     """
 
     forgets = True
 
     def __init__(
         self, host: Host, geometry: Geometry, history: History, policy: KVPolicy, reuse: ReuseRun, sampler: Sampler, *,
-        noise: Any, texts: dict[str, TextState], guidance: float = 1.0, chunks: int | None = None,
+        noise: Any, texts: dict[str, TextState], guidance: float = 1.0,
         on_step: Callable[[Tensor, float, int], Tensor] = lambda x0, t, step: x0,
         compressor: Compressor | None = None, keep: bool = False, replay: Replay | None = None,
     ) -> None:  # fmt: skip
         self.host, self.geometry, self.history = host, geometry, history
         self.policy, self.reuse, self.sampler, self.replay = policy, reuse, sampler, replay
-        self.noise, self.texts, self.guidance, self.chunks, self.on_step = noise, texts, guidance, chunks, on_step
+        self.noise, self.texts, self.guidance, self.on_step = noise, texts, guidance, on_step
         self.compressor, self.compressing = compressor, TakeState()
         self.frame = 0  # next latent frame
         self.chunk = 0  # next chunk
@@ -69,12 +69,11 @@ class OneByOne(Rollout):
     # --- a chunk -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def next(self, clock: Clock) -> Finished:
+    def next(self, clock: Clock, last: bool = False) -> Finished:
         made = self._start(self.geometry.chunk_frames)
-        # what comes last, nothing looks at
-        made.stays = self.sampler.commits_last or self.chunk + 1 != self.chunks
+        made.stays = self.sampler.commits_last or not last  # what comes last, nothing looks at
         try:
-            made.latents = x0 = self._denoise(made.block, clock)
+            made.latents = x0 = self._denoise(made.block, clock, last)
             sound = self.sampler.sound(x0)
             if made.stays:
                 sound = sound & torch.isfinite(self._write(x0, made.block, clock)).all()
@@ -101,8 +100,6 @@ class OneByOne(Rollout):
 
     @torch.no_grad()
     def give(self, latents: Tensor, image: bool = False) -> int:
-        if not image and self.chunks is not None and self.chunk >= self.chunks:
-            raise LongtakeError(f"the take has {self.chunks} chunks and all of them are there: nothing can follow")
         made = self._start(latents.shape[2], image)
         made.latents = latents
         self._unobserved = True  # no step comes before the commit pass, which is looked at in its place
@@ -195,18 +192,17 @@ class OneByOne(Rollout):
     # --- forwards ----------------------------------------------------------------------------------------------------
 
     def turns(self) -> list[Turn]:
-        return self._turns(0)
+        return self._turns(0, last=False)
 
-    def _turns(self, chunk: int) -> list[Turn]:
+    def _turns(self, chunk: int, last: bool) -> list[Turn]:
         times, sigmas = self.sampler.schedule.timesteps, (*self.sampler.schedule.sigmas, 0.0)
-        final = self.chunks is not None and chunk == self.chunks - 1
         return [
-            Turn(chunk, k, len(times), t, sigmas[k], sigmas[k + 1], last=final and k == len(times) - 1)
+            Turn(chunk, k, len(times), t, sigmas[k], sigmas[k + 1], last=last and k == len(times) - 1)
             for k, t in enumerate(times)
         ]
 
-    def _denoise(self, block: int, clock: Clock) -> Tensor:
-        turns = self._turns(self.chunk)
+    def _denoise(self, block: int, clock: Clock, last: bool) -> Tensor:
+        turns = self._turns(self.chunk, last)
 
         def velocity(x: Tensor, t: float, step: int) -> Tensor:
             computed = self.reuse.decide([turns[step]], [x])[0]

@@ -41,8 +41,9 @@ class Rollout(ABC):
     forgets: ClassVar[bool]  # whether `flush` can be: nothing in flight sees the past
 
     @abstractmethod
-    def next(self, clock: Clock) -> Finished:
-        """The next finished chunk. Raises StopIteration at the take's end, NonFiniteError for NaN or infinity."""
+    def next(self, clock: Clock, last: bool = False) -> Finished:
+        """The next finished chunk; nothing will follow the `last`. Raises NonFiniteError for NaN or infinity, and
+        StopIteration where it knows by itself that the take is at its end."""
 
     @abstractmethod
     def pieces(self, latents: Tensor) -> list[Tensor]:

@@ -95,7 +95,7 @@ class Staggered(Rollout):
         return 0
 
     @torch.no_grad()
-    def next(self, clock: Clock) -> Finished:
+    def next(self, clock: Clock, last: bool = False) -> Finished:
         """The next finished chunk; the same until it is popped."""
         while not self.done:
             self._row(clock)
