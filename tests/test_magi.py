@@ -108,7 +108,7 @@ def take(
     )  # fmt: skip
     if prefix is not None:
         whole = prefix.shape[2] // frames * frames
-        sampler.draw.at = whole
+        sampler.noise.at = whole
         sampler.give(prefix)
     return Take(sampler, history)
 
