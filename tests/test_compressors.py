@@ -356,16 +356,16 @@ def test_the_encoder_goes_with_the_take_and_its_bytes_are_counted_and_steady():
         next(take)
         held.append(take.memory()["compressor"])
     assert held[0] > 0 and held[1] == held[4]
-    assert held[4] == sum(slot.nbytes for slot in take._compressing.slots if slot is not None)
+    assert held[4] == sum(slot.nbytes for slot in take.rollout.compressing.slots if slot is not None)
     assert take.memory()["total"] == sum(v for k, v in take.memory().items() if k != "total")
 
 
 def test_a_first_image_is_seen_by_the_compressor_too():
     host = tiny_wan(grid=(8, 8), vae=True)
     take = take_of(host, image=torch.rand(3, 128, 128) * 2 - 1, decode=True)
-    assert take._compressing.frames == 1
+    assert take.rollout.compressing.frames == 1
     assert len(next(take).frames) == 13
-    assert take._compressing.frames == 5
+    assert take.rollout.compressing.frames == 5
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])

@@ -132,7 +132,7 @@ def test_a_policy_equals_full_history_to_the_bit_while_it_covers_the_take(name, 
     take, full = Session(host, policy, **options), Session(host, FullHistory(), **options)
     covered = 0
     for _ in range(chunks):
-        block = take._admit(3)  # the table of the chunk about to be made, as the policy will see it
+        block = take.rollout.admit(3)  # the table of the chunk about to be made, as the policy will see it
         covers = policy.covers(take.history.table())
         take.history.abandon(block)
         if not covers:
@@ -180,7 +180,7 @@ def test_a_constant_added_to_all_positions_changes_nothing(policy, constant):
 
 def test_a_take_goes_on_beyond_the_end_of_the_stock_rotary_table():
     take, same = (Session(tiny_wan(), SlidingWindow(9, sink=0), prompt_embeds=text(), decode=False) for _ in range(2))
-    take.frame = 5000
+    take.rollout.frame = 5000
     torch.testing.assert_close(latents_of(take, 4), latents_of(same, 4), **CLOSE)
     assert take.frame == 5012 > take.host.transformer.rope.max_seq_len
 

@@ -422,7 +422,7 @@ def test_a_video_that_is_continued_is_compressed_like_any_past(given):
     """The published code fails on a given past with compression."""
     host = tiny_skyreels(overlap=None, condition_noise=0.0)
     session = Session(host, FlowCacheKV(5), prompt_embeds=torch.randn(1, 7, 10), guidance_scale=1.0, decode=False)
-    session._staggered.begin(torch.randn(1, 4, given, 4, 4))
+    session.rollout.give(torch.randn(1, 4, given, 4, 4))
     for _ in range(8):
         chunk = next(session)
         assert torch.isfinite(chunk.latents).all() and chunk.stats.attended_tokens <= 5 * 5 * 4

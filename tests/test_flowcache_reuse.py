@@ -294,8 +294,8 @@ def test_a_residual_goes_between_this_steps_embedding_and_head():
     """If nothing of the input changes, embedding, residual and head make the computed velocity again."""
     host, x = tiny_wan(), torch.randn(1, 4, 3, 4, 6)
     session = take(host)
-    state = session._streams["cond"].text
-    block = session._admit(3)
+    state = session.texts["cond"]
+    block = session.rollout.admit(3)
     plain = host.forward(x, 700.0, state, session.history.layers("cond", block))
     computed, residual = host.forward_residual(x, 700.0, state, session.history.layers("cond", block))
     again, same = host.forward_residual(x, 700.0, state, [], residual)

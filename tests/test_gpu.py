@@ -26,7 +26,7 @@ def take_of(policy=None, **options) -> Session:
 
 def recorded(take: Session, record=lambda work: work) -> Session:
     """The take, its forwards recorded as on a GPU; a replay computes again, on the tensors of the recording."""
-    take._replay = Replay(take.host, record)
+    take.rollout.replay = Replay(take.host, record)
     return take
 
 
@@ -44,8 +44,8 @@ def test_a_recorded_take_is_the_take(form):
                 take.set_prompt_embeds(text(seed=4))
     # two steps, two streams: chunk 2 is the first of a full window, 3 is recorded, 4 to 6 are replayed; then the stream
     # with the new prompt begins anew, and the other goes on
-    assert replayed._replay.replayed == 3 * 2 * 2 + 2 * 2
-    assert replayed.memory()["graphs"] == replayed._replay.nbytes > 0
+    assert replayed.rollout.replay.replayed == 3 * 2 * 2 + 2 * 2
+    assert replayed.memory()["graphs"] == replayed.rollout.replay.nbytes > 0
 
 
 def test_a_recording_that_did_nothing_would_be_noticed():
@@ -62,19 +62,19 @@ def test_open_choices_and_one_layers_view_are_computed_not_replayed():
     for options in ({"policy": PackForcing(sink=1, top_k=2, recent=1, archive=3)}, {"residency": "scratch"}):
         plain, take = take_of(**options), recorded(take_of(**options))
         assert torch.equal(latents_of(take, 7), latents_of(plain, 7))
-        assert options.get("residency") != "scratch" or take._replay.replayed == 0
+        assert options.get("residency") != "scratch" or take.rollout.replay.replayed == 0
 
 
 def test_recordings_do_not_pile_up():
     take = recorded(take_of())
     latents_of(take, 6)
-    held = take._replay.nbytes
+    held = take.rollout.replay.nbytes
     latents_of(take, 4)
-    assert take._replay.nbytes == held
+    assert take.rollout.replay.nbytes == held
     for seed in range(3):
         take.set_prompt_embeds(text(seed=seed))
         latents_of(take, 3)
-        assert take._replay.nbytes == held
+        assert take.rollout.replay.nbytes == held
 
 
 def test_graphs_are_refused_on_a_cpu_in_one_line():

@@ -118,7 +118,7 @@ def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, r
     session.history.apply(Plan((Entry(0),)))
     hidden.append(model(frames[0], session.history.layers("cond", given, write=True)))
     session.history.commit(given)
-    block = session._admit(1)
+    block = session.rollout.admit(1)
     hidden.append(model(frames[1], session.history.layers("cond", block)))
     logits = model.logits(torch.cat(hidden, 1)[0])
     torch.testing.assert_close(logits[rows][:, columns], golden["outputs/logits"], rtol=0, atol=5e-5)
@@ -131,7 +131,7 @@ def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, r
     torch.testing.assert_close(picked, golden["outputs/decode_logits"], rtol=0, atol=5e-5)
     assert torch.equal(decode[:, 65_536:65_600].argmax(-1), golden["outputs/decode_argmax_visual"])
 
-    hidden = here.forward(masked, 0.0, session._streams["cond"].text, session.history.layers("cond", block, write=True))
+    hidden = here.forward(masked, 0.0, session.texts["cond"], session.history.layers("cond", block, write=True))
     session.history.commit(block)
     visual = here.logits(hidden.unflatten(1, GEOMETRY.grid)[:, :, :-1].flatten(1, 2))[0]
     torch.testing.assert_close(visual, golden["outputs/visual_logits_last_frame"], rtol=0, atol=5e-5)
@@ -146,7 +146,7 @@ def test_the_sessions_passes_give_the_original_logits_and_cache(golden, model, r
 
 def test_a_causal_pass_with_a_past_is_refused(model):
     session = take(model, "i2v", "argmax")
-    layers = session.history.layers("cond", session._admit(1))
+    layers = session.history.layers("cond", session.rollout.admit(1))
     with pytest.raises(RuntimeError, match=f"causal pass of {N} tokens sees {len(PROMPT) + N} before it"):
         model(torch.full((1, N), 9003), layers, causal=True)
 
@@ -185,7 +185,7 @@ def test_generation_equals_the_original_token_for_token(model, task, mode, resid
 def test_each_stream_counts_positions_from_its_own_text(model, task):
     session = take(model, task, "argmax")
     for frame in LOOP["argmax"][task]["frames"]:
-        texts = {name: stream.text for name, stream in session._streams.items()}
+        texts = dict(session.texts)
         at = session.host.stream_positions(GEOMETRY, frame["latent_frame"], 1, texts)
         for name in TEXTS:
             base, _ = at[name]

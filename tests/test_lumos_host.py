@@ -189,7 +189,7 @@ def test_the_prompt_says_size_length_and_rate_as_in_training(frames, seconds, fp
 
 def test_one_frame_is_an_image_of_its_own_kind():
     session = longtake.generate(tiny_lumos(), chunks=1, prompt="red ball")
-    header = session._streams["uncond"].text.embeds[0].tolist()
+    header = session.texts["uncond"].embeds[0].tolist()
     assert header == [WORDS["video_begin"], WORDS["integer"] + 1, WORDS["integer"] + 1]
     (image,) = session
     assert image.frames.shape == (1, 32, 64, 3)
@@ -254,7 +254,7 @@ def test_frames_without_a_video_tokenizer_are_refused_with_what_to_do():
 def test_a_prompt_set_before_the_first_frame_is_the_prompt(new):
     host = tiny_lumos(codec=False)
     switched = Session(host, SlidingWindow(3, sink=0), prompt="red kite", seed=2, decode=False)
-    switched._begin()  # the first prompt is in the history already
+    switched.rollout._prompts()  # the first prompt is in the history already
     switched.prompt = new
     plain = Session(host, SlidingWindow(3, sink=0), prompt=new, seed=2, decode=False)
     kept = Session(host, SlidingWindow(3, sink=0), prompt="red kite", seed=2, decode=False)
@@ -313,13 +313,13 @@ def test_history_bytes_are_constant_after_the_window_fills_and_equal_the_formula
         total.append(take.memory()["total"])
     assert held[5:] == [held[5]] * 4 and total[5:] == [total[5]] * 4
     per_token = 2 * host.layers * host.kv_heads * host.head_dim * 4
-    prompts = sum(stream.text.embeds.shape[1] for stream in take._streams.values())
+    prompts = sum(text.embeds.shape[1] for text in take.texts.values())
     # beside the prompts: a given image, the history as the policy keeps it, and the frame just committed
     frames = {3: 3 * N}.get(getattr(policy, "frames", 0))
     if isinstance(policy, PackCache):
         frames = image * N + 4 * 9 + 4 * policy.max_frames + N
     assert held[-1] == per_token * (prompts + 2 * frames)
-    anchors = max(stream.text.embeds.shape[1] for stream in take._streams.values())
+    anchors = max(text.embeds.shape[1] for text in take.texts.values())
     layers = host.layers * len(take.history.streams) if residency == "resident" else 1
     rows = frames + anchors
     assert take.memory()["view"] == 2 * layers * rows * host.kv_heads * host.head_dim * 4

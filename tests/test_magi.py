@@ -52,7 +52,7 @@ class Drawn:
     noise: Tensor  # [B, C, F, H, W]
     at: int = 0
 
-    def __call__(self, frames: int) -> Tensor:
+    def draw(self, channels: int, frames: int, height: int, width: int) -> Tensor:
         self.at += frames
         return self.noise[:, :, self.at - frames : self.at]
 
@@ -103,13 +103,13 @@ def take(
     )  # fmt: skip
     sampler = MagiStaggered(
         host, geometry, history, policy, ReuseRun(reuse or NoReuse(), host.feature),
-        Stagger(lag=host.settings.stage_steps, commit=commit), draw=Drawn(noise),
+        Stagger(lag=host.settings.stage_steps, commit=commit), noise=Drawn(noise),
         texts={"cond": host.text_state(text)}, ends_at=total if ends else None,
     )  # fmt: skip
     if prefix is not None:
         whole = prefix.shape[2] // frames * frames
-        sampler.draw.at = whole
-        sampler.begin(prefix)
+        sampler.noise.at = whole
+        sampler.give(prefix)
     return Take(sampler, history)
 
 

@@ -46,7 +46,7 @@ def test_the_published_files_say_how_a_model_is_run(base: MagiHost, distilled: M
                            tiny_model().videodit_blocks.layers[1].mlp.linear_fc1.weight)  # fmt: skip
     take = Session(base, prompt_embeds=words(), decode=False)
     assert take.policy == KVRange("5/4/3/2")
-    assert [name for name in take._streams] == ["cond"]
+    assert list(take.texts) == ["cond"]
 
 
 @pytest.mark.parametrize("kind", ["base", "distilled"])
@@ -157,7 +157,7 @@ def test_forwards_are_counted_as_they_are_made(kind: str, request: pytest.Fixtur
 def test_another_number_of_steps_keeps_as_many_chunks_in_flight(kind: str, request: pytest.FixtureRequest) -> None:
     host = request.getfixturevalue(kind)
     take = Session(host, prompt_embeds=words(), chunks=5, num_inference_steps=16, decode=False)
-    assert take.sampler.lag == 4 and take._staggered.matrix.in_flight(5) == 4
+    assert take.sampler.lag == 4 and take.rollout.matrix.in_flight(5) == 4
     assert host.with_steps(16).settings.step_size(0) == (8 if kind == "distilled" else None)
     with pytest.raises(LongtakeError, match="multiple of 4"):
         Session(host, prompt_embeds=words(), chunks=5, num_inference_steps=10, decode=False)
@@ -259,7 +259,7 @@ def test_the_residual_of_the_blocks_is_carried_over(
 
 def test_a_reused_residual_stands_between_this_steps_embedding_and_head(distilled: MagiHost) -> None:
     x = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(1))
-    take = Session(distilled, prompt_embeds=words(), chunks=2, seed=5, decode=False)._staggered
+    take = Session(distilled, prompt_embeds=words(), chunks=2, seed=5, decode=False).rollout
     text = distilled.chunk_texts(take.texts, 0, 2)["cond"]
     layers = lambda: take._layers(block, Pass("cond"), observe=False)
     block = take._admit(0, 2)
@@ -330,7 +330,7 @@ def test_a_longtake_folder_says_the_same(base: MagiHost, tmp_path: Path) -> None
 def test_a_chunk_at_a_time_is_a_lag_of_all_steps(distilled: MagiHost) -> None:
     take = Session(distilled, FullHistory(), prompt_embeds=words(), chunks=3, sampler=Stagger(lag=8), decode=False)
     assert len(list(take)) == 3
-    assert all(not chunk for chunk in [take._staggered._denoising()])
+    assert all(not chunk for chunk in [take.rollout._denoising()])
 
 
 def test_in_bf16_embedders_norms_and_times_stay_in_fp32(tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_the_history_scores_blocks_where_they_stand_while_scored(evidence):
     for _ in range(6):
         next(take)
     asked.clear()
-    block = take._admit(3)
+    block = take.rollout.admit(3)
     plan = take.policy.plan(take.history.table(), take.history.signals())
     choice = next(e for e in plan.entries if isinstance(e, Choose))
     q = torch.randn(1, 18, 2, 12, generator=torch.Generator().manual_seed(0))
@@ -400,7 +400,7 @@ def test_a_shared_choice_sums_the_layers_scores_of_the_last_chunks_queries():
     for _ in range(6):
         next(take)
     last = dict(queries)
-    block = take._admit(3)
+    block = take.rollout.admit(3)
     (choice,) = take.history.chosen()
     plan = take.policy.plan(take.history.table(), take.history.signals())
     entry = next(e for e in plan.entries if isinstance(e, Choose))

@@ -43,9 +43,9 @@ def through_the_host(host: CausalWan, latents: Tensor, timestep: float) -> Tenso
         block = history.admit(3 * i, 3, host.positions(take.geometry, 3 * i, 3))
         history.apply(take.policy.plan(history.table(), history.signals()))
         if i + 1 < CHUNKS:
-            host.forward(part, 0.0, take._streams["cond"].text, history.layers("cond", block, write=True))
+            host.forward(part, 0.0, take.texts["cond"], history.layers("cond", block, write=True))
             history.commit(block)
-    return host.forward(part, timestep, take._streams["cond"].text, history.layers("cond", block)).double()
+    return host.forward(part, timestep, take.texts["cond"], history.layers("cond", block)).double()
 
 
 def by_the_twin(model: WanTransformer3DModel, latents: Tensor, timestep: float, dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,7 @@ def test_policies_bring_their_own_way_and_a_session_may_say_another():
     ways = {LongLive(): "recache", InfinityRope(): "flush", SlidingWindow(): "keep", PackForcing(): "keep"}
     assert {policy: take_of(policy).prompt_switch for policy in ways} == ways
     assert take_of(LongLive(), prompt_switch="keep").prompt_switch == "keep"
-    assert take_of(LongLive())._latents == {} and take_of(LongLive(), prompt_switch="keep")._latents is None
+    assert take_of(LongLive()).rollout.kept == {} and take_of(LongLive(), prompt_switch="keep").rollout.kept is None
 
 
 # --- recache ----------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_after_a_flush_the_first_frame_stands_right_before_the_last_two():
     take = take_of(InfinityRope())
     latents_of(take, 4)
     take.history.forget(take.policy.flush(take.history.table()))
-    block = take._admit(3)
+    block = take.rollout.admit(3)
     view = take.history.layers("cond", block)[0]
     frames = {b.id: b.frame for b in take.history.table().blocks}
     plan = take.history.views["cond"].plan
@@ -210,7 +210,7 @@ def test_a_flush_forgets_the_latents_it_has_no_use_for():
     latents_of(take, 5)
     take.set_prompt_embeds(NEW)
     next(take)
-    assert set(take._latents) == {b.id for b in take.history.table().blocks} == {0, 4, 5}
+    assert set(take.rollout.kept) == {b.id for b in take.history.table().blocks} == {0, 4, 5}
 
 
 def test_packforcing_flushes_its_archive_in_host_memory_too():

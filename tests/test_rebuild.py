@@ -64,8 +64,8 @@ def test_the_take_goes_on_and_the_new_prompt_is_in_its_past():
 
 def test_latents_are_bounded_counted_and_survive_a_snapshot(tmp_path):
     session, _ = take(SlidingWindow(9, 3), chunks=8)
-    assert len(session._latents) <= 4
-    assert session.memory()["latents"] == sum(x.nbytes for x in session._latents.values()) > 0
+    assert len(session.rollout.kept) <= 4
+    assert session.memory()["latents"] == sum(x.nbytes for x in session.rollout.kept.values()) > 0
     session.snapshot(tmp_path / "a.safetensors")
     again = Session.restore(tmp_path / "a.safetensors", session.host)
     for s in (session, again):

@@ -200,5 +200,5 @@ def test_where_a_chunk_comes_out_otherwise_what_was_shown_counts_and_the_session
     track.append(1, shown[None], noise_state(take), 0)
     again, recovery = Track(track.folder).restore(host)
     assert not recovery.exact and (recovery.replayed_chunks, recovery.remade_chunks) == (2, 0)
-    assert again.index == 2 and torch.equal(again._latents[max(again._latents)][0], shown)
+    assert again.index == 2 and torch.equal(again.rollout.kept[max(again.rollout.kept)][0], shown)
     assert torch.equal(noise_state(again)[0], noise_state(take)[0])

@@ -102,7 +102,7 @@ def test_a_server_makes_sessions_together_that_ask_for_it_and_no_others(host, tm
             gate.set()
             assert [answer.result() for answer in asked] == [{}] * 4
         until(lambda: all(s["state"] == "ended" for s in client.sessions()))
-        kept = [server.service.takes[name].session._latents for name in names]
+        kept = [server.service.takes[name].session.rollout.kept for name in names]
     assert 2 <= max(rounds) <= 3
     for seed, latents in enumerate(kept):
         take = longtake.Session(host, prompt=PROMPT, seed=seed, keep_latents=True)

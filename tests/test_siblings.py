@@ -158,7 +158,7 @@ def test_deep_sink_top_and_recent_are_packed_against_the_chunk():
     policy = DeepForcing(frames=14, sink=1, recent=1, top=2)
     take = take_of(policy, tiny_wan(timesteps=(1000,)))
     latents_of(take, 7)
-    take._admit(3)
+    take.rollout.admit(3)
     table = take.history.table()
     plan = policy.plan(table, take.history.signals())
     kinds = [type(e).__name__ for e in plan.entries]
@@ -263,7 +263,7 @@ def test_heads_are_told_apart_once_and_stay_so():
 def test_every_head_attends_to_its_own_keys_and_no_others():
     take = take_of(DummyForcing(), tiny_wan(layers=3, timesteps=(1000,)))
     latents_of(take, 4)
-    block = take._admit(3)
+    block = take.rollout.admit(3)
     scores = take.history.views["cond"].scores
     groups = group(torch.stack([scores[layer][0] for layer in range(3)]), 3)
     assert sorted(set(groups.flatten().tolist()) | {DUMMY}) != [DUMMY]
@@ -355,7 +355,7 @@ def test_a_window_packs_what_a_flush_has_left_without_gaps():
     take = take_of(policy, tiny_wan(timesteps=(1000,)))
     latents_of(take, 4)
     take.history.forget(policy.flush(take.history.table()))
-    take._admit(3)
+    take.rollout.admit(3)
     plan = policy.plan(take.history.table(), Signals())
     frames = [b.frame + int(t) // 6 + e.shift for e in plan.entries for b in take.history.table().blocks
               if b.id == e.block for t in list(e.tokens)[::6]]  # fmt: skip

@@ -124,14 +124,14 @@ class Replay:
         self.sampler = Staggered(
             self.host, self.geometry, self.history, policy, ReuseRun(how, self.host.feature),
             replace(Stagger.of(self.host.config), condition_noise=float(self.config["a"]), compat="upstream"),
-            draw=self.draw, texts=self.texts, guidance=6.0, ends_at=self.frames,
+            noise=self, texts=self.texts, guidance=6.0, ends_at=self.frames,
         )  # fmt: skip
         self._record()
 
     def latents(self, row: int, frame: int, span: int) -> Tensor:
         return self.tensors[f"{self.inputs}/latents"][row : row + 1, :, frame : frame + span]
 
-    def draw(self, frames: int) -> Tensor:
+    def draw(self, channels: int, frames: int, height: int, width: int) -> Tensor:
         """Recorded noise; what is added to given frames is those frames, which were recorded with their noise in."""
         return self.latents(self.row, self.sampler.frame, frames)
 
@@ -165,7 +165,7 @@ class Replay:
         blocks = []
         with torch.no_grad():
             if self.facts["prefix"]:
-                self.sampler.begin(self.latents(0, 0, self.config["BS"]))
+                self.sampler.give(self.latents(0, 0, self.config["BS"]))
                 blocks.append(self.latents(0, 0, self.config["BS"]))
             while len(blocks) < self.config["NB"]:
                 while not self.sampler.done:

@@ -245,7 +245,7 @@ def test_rewriting_the_past_under_its_own_prompt_changes_no_bit(at: int, residen
     whole = latents(session(**options))
     take = session(**options)
     first = [next(take).latents for _ in range(at)]
-    assert take._staggered.live
+    assert take.rollout.live
     assert take.rebuild() == at
     assert torch.equal(torch.cat([*first, latents(take)], -3), whole)
 
@@ -290,7 +290,7 @@ def test_latents_are_kept_for_what_the_history_holds_counted_and_restored(tmp_pa
     for _ in range(8):
         next(take)
     held = {b.id for b in take.history.blocks}
-    kept = take._staggered.kept
+    kept = take.rollout.kept
     assert set(kept) <= held and len(kept) >= 3
     bare = session(host, **(options | {"keep_latents": False}))
     for _ in range(8):
@@ -344,7 +344,7 @@ def test_a_restored_take_goes_on_to_the_bit(at: int, residency: str, tmp_path: A
     take = session(host, chunks=9, residency=residency, reuse=reuse)
     for _ in range(at):
         next(take)
-    assert take._staggered.live or at == 5
+    assert take.rollout.live or at == 5
     take.snapshot(tmp_path / "take.safetensors")
     rest = latents(take)
     again = Session.restore(tmp_path / "take.safetensors", host)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import policies
 from . import reuse as reuse_policies
-from .compressors import Compressor, TakeState
+from .compressors import Compressor
 from .errors import LongtakeError
 from .history import History
 from .history.store import Rows, Store
@@ -36,7 +36,7 @@ from .samplers.stagger import Stagger
 if TYPE_CHECKING:
     from .session import Session
 
-FORMAT = 2
+FORMAT = 3
 
 
 def environment() -> dict[str, str]:
@@ -57,31 +57,22 @@ def save(session: Session, path: Any) -> None:
     tensors, meta = _history_state(session.history)
     for i, state in enumerate(session.noise.state()):
         tensors[f"rng/{i}"] = state
-    for name, stream in session._streams.items():
-        tensors[f"text/{name}"] = stream.text.embeds
+    for name, text in session.texts.items():
+        tensors[f"text/{name}"] = text.embeds
     if session._pending is not None:
         tensors["text/pending"] = session._pending.embeds
-    for block, latents in (session._latents or {}).items():
-        tensors[f"latents/{block}"] = latents
     if session._first_frames is not None:
         tensors["first_frames"] = session._first_frames
     if session._ahead is not None:
         tensors["ahead/latents"], tensors["ahead/frames"] = session._ahead
-    for block, tokens in session._tokens.items():
-        tensors[f"tokens/{block}"] = tokens
-    compressing, compressor_meta = session._compressing.state_dict()
-    tensors.update({f"compressor/{k}": v for k, v in compressing.items()})
     decoder_meta = None
     if session.decoder is not None:
         decoder, decoder_meta = session.decoder.state_dict()
         tensors.update({f"decoder/{k}": v for k, v in decoder.items()})
-    flight: dict[str, Any] | None = None
-    if session._staggered is not None:
-        in_flight, told = session._staggered.state_dict()
-        reused, decided = session._reuse.state_dict()
-        tensors.update({f"flight/{k}": v for k, v in in_flight.items()} | {f"reuse/{k}": v for k, v in reused.items()})
-        settings = asdict(session._staggered.stagger)
-        flight = {"place": told, "reuse": decided, "stagger": settings, "frames": session._frames}
+    made, rollout = session.rollout.state_dict()
+    carried, reused = session._reuse.state_dict()
+    tensors |= {f"rollout/{k}": v for k, v in made.items()} | {f"reuse/{k}": v for k, v in carried.items()}
+    sampler = session.sampler
     description = {
         "format": FORMAT, "environment": environment(), "host": session.host.name, "device": session.host.device.type,
         "dtype": str(session.host.dtype),
@@ -89,14 +80,15 @@ def save(session: Session, path: Any) -> None:
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
         "height": session.geometry.height, "width": session.geometry.width, "chunks": session.chunks,
-        "starts": {name: stream.text.start for name, stream in session._streams.items()},
-        "masked": asdict(session.sampler) if isinstance(session.sampler, MaskedSampler) else None,
-        "prompt_switch": [session.prompt_switch, session._pending_mode, session._cut],
+        "frames": session._frames, "starts": {name: text.start for name, text in session.texts.items()},
+        "masked": asdict(sampler) if isinstance(sampler, MaskedSampler) else None,
+        "stagger": asdict(sampler) if isinstance(sampler, Stagger) else None,
+        "prompt_switch": [session.prompt_switch, session._pending_mode],
         "frame": session.frame, "index": session.index, "residency": session.history.residency,
         "history_dtype": session.history_dtype,
-        "keep_latents": session._latents is not None, "decode": session.decode,
-        "compressor": session.compressor and session.compressor.describe(), "compressing": compressor_meta,
-        "decoder": decoder_meta, "history": meta, "flight": flight,
+        "keep_latents": session.rollout.kept is not None, "decode": session.decode,
+        "compressor": session.compressor and session.compressor.describe(),
+        "decoder": decoder_meta, "history": meta, "rollout": rollout, "reused": reused,
         "generators": [g.device.type for g in session.noise.generators],
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -158,9 +150,8 @@ def restore(
             "pass it (policy=…, or --policy my_file.py:MyPolicy)"
         )
     policy = policy or policies.build(made_with, fields_of)
-    flight = description.get("flight")
-    masked = description.get("masked")
-    sampler: Any = Stagger(**flight["stagger"]) if flight else masked and MaskedSampler(**masked)
+    masked, stagger = description["masked"], description["stagger"]
+    sampler: Any = Stagger(**stagger) if stagger else masked and MaskedSampler(**masked)
     session = cls(
         host, policy, reuse=reuse,
         prompt_embeds=tensors["text/cond"], negative_prompt_embeds=tensors.get("text/uncond"),
@@ -177,38 +168,28 @@ def restore(
         raise LongtakeError(
             f"{path} was made with compressor {made_by}, this session has {ours}: pass that one as compressor="
         )
-    held = {k.removeprefix("compressor/"): v for k, v in tensors.items() if k.startswith("compressor/")}
-    session._compressing = TakeState.of(held, description["compressing"], host.device)
-    kept = {k.removeprefix("tokens/"): v for k, v in tensors.items() if k.startswith("tokens/")}
-    session._tokens = {int(block): x.to(host.device) for block, x in kept.items()}
     if "ahead/latents" in tensors:
         session._ahead = tensors["ahead/latents"].to(host.device), tensors["ahead/frames"]
-    for stream_name, stream in session._streams.items():
-        start = description.get("starts", {}).get(stream_name, 0)
-        stream.text = replace(stream.text, start=start)
-        if host.prefix(stream.text) is not None and description["history"]["blocks"]:
-            stream.text = replace(stream.text, k=[], v=[])  # the history has them
+    for stream, text in session.texts.items():
+        session.texts[stream] = text = replace(text, start=description["starts"][stream])
+        if host.prefix(text) is not None and description["history"]["blocks"]:
+            session.texts[stream] = replace(text, k=[], v=[])  # the history has them
     session._prompt, session._negative = description["prompt"], description["negative"]
     session.lockstep = description["lockstep"]
     session.frame, session.index = description["frame"], description["index"]
     session._first_frames = tensors.get("first_frames")
-    if session._latents is not None:
-        held = {key: latents for key, latents in tensors.items() if key.startswith("latents/")}
-        session._latents = {int(key.removeprefix("latents/")): x.to(host.device) for key, x in held.items()}
-    _, session._pending_mode, session._cut = description["prompt_switch"]
+    session._frames = description["frames"]
+    _, session._pending_mode = description["prompt_switch"]
     if "text/pending" in tensors:
         session._pending = host.text_state(tensors["text/pending"])
-    session._restore_noise([tensors[f"rng/{i}"] for i in range(session.batch)])
+    session.noise.restore([tensors[f"rng/{i}"] for i in range(session.batch)])
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     if session.decoder is not None:
-        decoder = {k.removeprefix("decoder/"): v for k, v in tensors.items() if k.startswith("decoder/")}
-        session.decoder.load_state_dict(decoder, description["decoder"])
+        session.decoder.load_state_dict(part("decoder/"), description["decoder"])
     _check_fits(session.history, tensors, path)
     _restore_history(session.history, tensors, description["history"])
-    if flight and session._staggered is not None:
-        part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        session._frames = session._staggered.ends_at = flight["frames"]
-        session._staggered.load_state_dict(part("flight/"), flight["place"])
-        session._reuse.load_state_dict({k: v.to(host.device) for k, v in part("reuse/").items()}, flight["reuse"])
+    session.rollout.load_state_dict(part("rollout/"), description["rollout"])
+    session._reuse.load_state_dict({k: v.to(host.device) for k, v in part("reuse/").items()}, description["reused"])
     now = {**environment(), "device": host.device.type}
     then = {**description["environment"], "device": description["device"]}
     if changed := {k: (v, now.get(k)) for k, v in then.items() if now.get(k) != v}:

@@ -24,6 +24,7 @@ from ..errors import LongtakeError
 from ..history.parts import Chosen
 from ..hosts.wan import CausalWan
 from ..policies import FullHistory, KVPolicy, PackForcing, SlidingWindow
+from ..samplers.one_by_one import OneByOne
 from ..session import Session, history_shape
 from .bench_shapes import SHAPES, Shape
 from .bench_stage import Progress, Stage, staged
@@ -144,10 +145,11 @@ def _parts(bench: _Bench, report: PackForcingReport, session: Session, repeats: 
     """What a chunk's view takes, each part by itself, against the median chunk."""
     chunk = report.figure("chunk").median
     assert chunk is not None
-    host, history = bench.host, session.history
+    host, history, rollout = bench.host, session.history, session.rollout
+    assert isinstance(rollout, OneByOne)
     found: dict[str, list[float]] = {"selection": [], "view": [], "copy": []}
     for _ in range(repeats):
-        block = session._admit(bench.shape.chunk_frames)
+        block = rollout.admit(bench.shape.chunk_frames)
         view = history.views["cond"]
         size = (1, history.shape.chunk_tokens, host.kv_heads, host.head_dim)
         q = torch.randn(size, dtype=host.dtype, device=host.device)

@@ -21,6 +21,7 @@ from ..hosts.base import Host
 from ..named import spec
 from ..reuse import Decision, FlowCacheReuse, ReusePolicy, parse
 from ..reuse.theory import relative_l1, rises, steepest_power
+from ..samplers.one_by_one import OneByOne
 from ..session import Session
 from .provenance import provenance, write_report
 
@@ -127,16 +128,17 @@ def measure(
     first = Session(host, reuse=everything, **options)
     moved = tuple(chunk.stats.decisions for chunk in first)
     decided = tuple(chunk.stats.decisions for chunk in Session(host, reuse=policy, **options))
-    staggered = first._staggered
-    levels = (*first.schedule.sigmas, 0.0) if staggered is None else staggered.levels
+    turns = first.rollout.turns()
+    levels: tuple[float, ...] = (*(turn.sigma for turn in turns), turns[-1].next_sigma)
     if levels[0] < levels[-1]:  # hosts whose time runs from noise to data
         levels = tuple(1 - level for level in levels)
     if len(levels) < 4:
         raise LongtakeError(f"{len(levels) - 1} steps per chunk are too few to trace: use --steps 3 or more")
     told = {"prompt": prompt, "chunks": chunks, "policy": spec(first.policy)}
     return ReuseReport(
-        host.name, spec(policy), metric, tuple(levels), staggered is None, moved, decided, told, provenance(host.device)
-    )
+        host.name, spec(policy), metric, levels, isinstance(first.rollout, OneByOne), moved, decided, told,
+        provenance(host.device),
+    )  # fmt: skip
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..hosts.base import TextState
 from ..reuse import Decision
+from .rollout import Finished
 from .solvers import Solver
 
 if TYPE_CHECKING:
     from .staggered import Staggered
 
-_PLACE = ("origin", "until", "frame", "chunk", "row", "entered")  # where a take stands
+_PLACE = ("origin", "until", "ends_at", "frame", "chunk", "row", "entered")  # where a take stands
 _NUMBERS = ("chunk", "block", "frame", "span", "start", "chunks", "step")  # of a chunk in flight
 
 
@@ -34,17 +35,6 @@ class InFlight:
     chunks: int | None  # … and its chunks, if they were known
     given: Tensor | None = None  # latents [B, C, g, h, w] that its first frames have at every step
     step: int = 0  # steps taken
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A chunk that took its last step, and what its last forward attended to."""
-
-    chunk: int
-    frame: int
-    latents: Tensor  # fp32 [B, C, f, h, w]
-    attended: int
-    decisions: tuple[Decision, ...] = ()  # of its steps, by the reuse policy
 
 
 def written(take: Staggered) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,7 +26,8 @@ from ..history import LayerView
 from ..hosts.base import Pass, TextState
 from ..hosts.magi.host import MagiHost
 from ..policies import KVRange
-from .flight import Finished, InFlight
+from .flight import InFlight
+from .rollout import Finished
 from .stagger import Stagger
 from .staggered import Staggered
 

@@ -31,30 +31,32 @@ from ..hosts.base import Host, Pass, TextState
 from ..policies import KVPolicy
 from ..reuse import ReuseRun, Turn
 from . import flight
-from .flight import Finished, InFlight
+from .flight import InFlight
+from .rollout import Finished, Rollout
 from .solvers import Euler, Renoise, Solver
 from .stagger import Stagger
 
 
-class Staggered:
-    """One take (or several in lockstep) of a staggered host: `next`, then `pop`, chunk after chunk.
+class Staggered(Rollout):
+    """One take (or several in lockstep) of a staggered host. Latents are given before its first chunk.
 
-    `draw(frames)` gives noise [B, C, frames, h, w]; `texts` are the prompts by name and may be replaced at any time:
-    chunks that enter later are given the new ones. `on_step(x0, timestep, step)` sees, and may replace, what a chunk's
-    step predicts. `ends_at` is the take's length in latent frames, given ones included. `keep` keeps the latents of
-    what the history holds, for `rebuild`.
+    `noise` has `draw(channels, frames, height, width)`. Chunks that enter after `texts` changed are given the new ones.
+    `on_step(x0, timestep, step)` sees, and may replace, what a chunk's step predicts. `ends_at` is the take's length in
+    latent frames, given ones included. `keep` keeps the latents of what the history holds, for `rebuild`.
 
     Anything raised leaves the take as it stood before the forward it was raised in: call `next` again to go on.
     """
 
+    forgets = False
+
     def __init__(
         self, host: Host, geometry: Geometry, history: History, policy: KVPolicy, reuse: ReuseRun, stagger: Stagger, *,
-        draw: Callable[[int], Tensor], texts: dict[str, TextState], guidance: float = 1.0, ends_at: int | None = None,
+        noise: Any, texts: dict[str, TextState], guidance: float = 1.0, ends_at: int | None = None,
         on_step: Callable[[Tensor, float, int], Tensor] | None = None, keep: bool = False,
     ) -> None:  # fmt: skip
         self.host, self.geometry, self.history = host, geometry, history
         self.policy, self.reuse, self.stagger = policy, reuse, stagger
-        self.draw, self.texts, self.guidance, self.ends_at, self.on_step = draw, texts, guidance, ends_at, on_step
+        self.noise, self.texts, self.guidance, self.ends_at, self.on_step = noise, texts, guidance, ends_at, on_step
         self.timesteps, self.levels = host.timetable(stagger.steps)
         self.matrix, _, _ = stagger.layout(geometry, len(self.timesteps), ends_at)
         self.live: list[InFlight] = []
@@ -73,8 +75,15 @@ class Staggered:
 
     # --- from outside ------------------------------------------------------------------------------------------------
 
+    def pieces(self, latents: Tensor) -> list[Tensor]:
+        batch, size = self.history.shape.batch, (self.geometry.channels, *self.geometry.latent_size)
+        given = tuple(latents.shape)
+        if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, batch):
+            raise LongtakeError(f"latents {list(given)}: give [{batch}, {size[0]}, f, {size[1]}, {size[2]}]")
+        return [latents.to(self.host.device).expand(batch, -1, -1, -1, -1)]
+
     @torch.no_grad()
-    def begin(self, latents: Tensor) -> None:
+    def give(self, latents: Tensor, image: bool = False) -> int:
         """Start from given latents [B, C, p, h, w], an image or a video. The next chunk follows them."""
         given = latents.shape[2]
         if self.ends_at is not None and given >= self.ends_at:
@@ -83,23 +92,27 @@ class Staggered:
         self._keep(latents)
         self._open(given - seen)
         self._condition(latents[:, :, given - seen :].float(), Clock())
+        return 0
 
     @torch.no_grad()
-    def next(self, clock: Clock) -> Finished:
+    def next(self, clock: Clock, last: bool = False) -> Finished:
         """The next finished chunk; the same until it is popped."""
         while not self.done:
             self._row(clock)
         return self.done[0]
 
     def pop(self) -> None:
-        """The chunk has been handed out."""
-        del self.done[0]
+        del self.done[:1]
+
+    def abandon(self) -> None:
+        """What has finished stays so."""
+
+    def flush(self, cut: int) -> None:
+        raise LongtakeError("chunks in flight see the past: it cannot be forgotten under them")
 
     @torch.no_grad()
     def rebuild(self) -> int:
-        """Rewrite the K/V of what the history holds from its latents under the prompts in force, oldest first, as a
-        clean pass leaves them, whatever the commit rule is. Chunks in flight, and what has lost tokens, stay as they
-        are. Returns the number of blocks rewritten. Needs `keep`."""
+        """As a clean pass leaves them, whatever the commit rule is. Chunks in flight stay as they are."""
         kept, clock = self.kept or {}, Clock()
         whole = [b.id for b in self.history.table().blocks if self.history.rewritable(b) and b.id in kept]
         for block in whole:
@@ -118,26 +131,22 @@ class Staggered:
         return len(whole)
 
     def turns(self) -> list[Turn]:
-        """The steps of a chunk, as reuse policies see them."""
         steps = self.matrix.steps
         return [Turn(0, k, steps, self.timesteps[k], self.levels[k], self.levels[k + 1]) for k in range(steps)]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a continuation depends on but the history, the noise and the reuse: tensors, and what JSON takes."""
         return flight.written(self)
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Go on from `state_dict`, in a history that was restored too."""
         flight.read(self, tensors, meta)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of latents and solver states."""
+    def memory(self) -> dict[str, int]:
+        """Latents, solver states among them."""
         held = [chunk.x for chunk in self.live] + [chunk.given for chunk in self.live]
         held += [x for chunk in self.live for x in chunk.solver.state_dict()[0].values()]
         held += [finished.latents for finished in self.done] + [self.tail, self.begun_with]
         held += [x for x, _ in (self.kept or {}).values()]
-        return sum(x.nbytes for x in held if x is not None)
+        return {"latents": sum(x.nbytes for x in held if x is not None), "compressor": 0}
 
     # --- windows -----------------------------------------------------------------------------------------------------
 
@@ -363,6 +372,10 @@ class Staggered:
         if self.kept is not None:
             held = {b.id for b in self.history.blocks}
             self.kept = {b: kept for b, kept in self.kept.items() if b in held} | {block: (x, timestep)}
+
+    def draw(self, frames: int) -> Tensor:
+        """Noise [B, C, frames, h, w] for the next latent frames."""
+        return self.noise.draw(self.geometry.channels, frames, *self.geometry.latent_size).to(self.host.device)
 
     def forget_plan(self) -> None:
         """What is decided and laid out within a row is so anew."""

@@ -1,0 +1,92 @@
+"""The contract of what runs a take: one chunk after another, or several in flight. The session gives it texts and hears
+of finished chunks; in between model, policy, reuse and history meet here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..chunk import Clock
+from ..hosts.base import TextState
+from ..reuse import Decision, Turn
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A chunk that took its last step, and what its last forward attended to."""
+
+    chunk: int
+    frame: int
+    latents: Tensor  # fp32 [B, C, f, h, w]
+    attended: int
+    decisions: tuple[Decision, ...] = ()  # of its steps, by the reuse policy
+
+
+class Rollout(ABC):
+    """A take (or several in lockstep) in the making: `next`, then `compress` and `pop`, chunk after chunk; or `give` in
+    place of `next`, for latents that are not generated. A chunk that is not popped has not happened: `abandon` it.
+
+    `texts` are the prompts by guidance branch, shared with the session, which replaces them between chunks. `noise` is
+    what `Sampler.noise` made, or the user's. `kept` is None unless latents of what the history holds are kept, for
+    `rebuild`.
+    """
+
+    noise: Any
+    texts: dict[str, TextState]
+    frame: int  # next latent frame
+    kept: dict[int, Any] | None
+    forgets: ClassVar[bool]  # whether `flush` can be: nothing in flight sees the past
+
+    @abstractmethod
+    def next(self, clock: Clock, last: bool = False) -> Finished:
+        """The next finished chunk; nothing will follow the `last`. Raises NonFiniteError for NaN or infinity, and
+        StopIteration where it knows by itself that the take is at its end."""
+
+    @abstractmethod
+    def pieces(self, latents: Tensor) -> list[Tensor]:
+        """Given latents [1 or B, C, f, h, w] as `give` takes them. Raises LongtakeError for another shape."""
+
+    @abstractmethod
+    def give(self, latents: Tensor, image: bool = False) -> int:
+        """Take latents [B, C, f, h, w] as if they had been made here (`image`: the take's first frame); the number of
+        chunks that they are."""
+
+    def compress(self, frames: Tensor | None) -> None:  # noqa: B027 (nothing to do where no form is compressed)
+        """The compressed form of what `next` or `give` made, whose decoded frames are [B, T, H, W, 3]."""
+
+    @abstractmethod
+    def pop(self) -> None:
+        """What `next` or `give` made is handed out: it becomes the past."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """What `next` or `give` made, and was not popped, goes; `next` begins where it did before."""
+
+    @abstractmethod
+    def rebuild(self) -> int:
+        """Rewrite the K/V of what the history holds from its latents under the prompts in force, oldest first, each
+        seeing what the policy shows it of those before. What has lost tokens stays as it is. Returns the number of
+        blocks rewritten. Needs `kept`."""
+
+    @abstractmethod
+    def flush(self, cut: int) -> None:
+        """Forget what the policy gives up for a new prompt; the next chunk stands `cut` latent frames further off."""
+
+    @abstractmethod
+    def turns(self) -> list[Turn]:
+        """The steps of a chunk, as reuse policies see them."""
+
+    @abstractmethod
+    def memory(self) -> dict[str, int]:
+        """Bytes held beside the history, by part."""
+
+    @abstractmethod
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a continuation depends on but the history, the noise and the reuse: tensors, and what JSON takes."""
+
+    @abstractmethod
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Go on from `state_dict`, in a history that was restored too."""
