@@ -74,7 +74,7 @@ def take_of(host, policy=None, **options) -> longtake.Session:
 
 
 def compare(out: Path, model: Path, *arguments: object):
-    line = ["compare", "--out", out, "--model", model, "--frames", 12, "--free", 6, "--gap", 1, "--gap", 2, *arguments]
+    line = ["compare", "--out", out, "--model", model, "--frames", 12, "--gap", 1, "--gap", 2, *arguments]
     return [str(word) for word in (*line, "--device", "cpu")]
 
 
@@ -203,6 +203,18 @@ def test_a_budget_that_is_too_small_is_told(host):
 
 
 # --- footage ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_fitting_changes_are_told_and_none_is_changed_without_a_budget(host):
+    notes: list[str] = []
+    fitted = arms(["packforcing:sink=9,recent=1", "window:sink=3"], (9,), runner.shape_of(host), notes)
+    assert fitted[0].policy.sink < 9
+    assert notes == [
+        f"packforcing:sink=9,recent=1 at {fitted[0].budget // 1024} KiB is fitted with sink={fitted[0].policy.sink}"
+    ]
+    given = arms(["packcache:max_frames=4", "window:frames=9"], (), runner.shape_of(host), notes[:0])
+    assert [arm.name for arm in given] == ["packcache:max_frames=4", "window:frames=9"]
+    assert [arm.budget for arm in given] == [None, None] and given[0].policy.max_frames == 4
 
 
 def test_probes_begin_with_a_return_and_long_gaps_are_not_lost():
@@ -427,13 +439,14 @@ def test_a_run_compares_and_says_so_in_one_page(model, tmp_path):
     line = compare(
         out, model, "--policy", "window", "--policy", "window:sink=0", "--policy", "full", "--policy",
         f"{policy}:Careless", "--budget", 9, "--seeds", 2, "--protocol", "A", "--protocol", "B",
-        "--workers", 2, "--json",
+        "--free", 6, "--workers", 2, "--json",
     )  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "longtake", *line], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer == json.loads((out / "summary.json").read_text())
     assert answer["cells"] == 2 * 2 * (5 + 3 + 1)
+    assert "IndexError: nothing there" in done.stderr, "whoever looks at the terminal alone is told too"
     failed = [note for note in answer["notes"] if "IndexError: nothing there" in note]
     assert len(failed) == 1 and "(4 cells, seed 0 first)" in failed[0], answer["notes"]
     assert answer["finished"] == answer["cells"] - 2 * 2
@@ -446,6 +459,12 @@ def test_a_run_compares_and_says_so_in_one_page(model, tmp_path):
     assert len(tested) == 2 and all(0 <= row["against_full"]["p_holm"] <= 1 for row in tested)
     html = (out / "report.html").read_text()
     assert "default-src 'none'" in html and html.count("data-view=tradeoff") == 2 and "nothing there" in html
+    assert sum(one["cells"] for one in answer["made_by"]) == answer["finished"]
+    for cell in (out / "cells").glob("*.json"):
+        files = json.loads(cell.read_text())["outcome"]["files"]
+        assert (
+            {"take.mp4", "chunks.json"} <= set(files) == {path.name for path in (out / "cells" / cell.stem).iterdir()}
+        )
     made = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     again = subprocess.run(
         [sys.executable, "-m", "longtake", *line[:-3], *line[-2:]], capture_output=True, text=True, env=ENVIRONMENT
@@ -568,6 +587,9 @@ def test_a_measure_is_admitted_if_truth_is_high_and_idle_pictures_are_low(truth,
         (["--seeds", 0], "--seeds 0: give at least 1"),
         (["--gap", 0], "--gap 0: give at least 1"),
         (["--free", 3], "--free 3: give at least 6"),
+        (["--free", 9], "--free 9 is for protocol B"),
+        (["--as-given", "--budget", 9], "--as-given beside --budget"),
+        (["--against", "full", "--policy", "window"], "--against full: none of the policies compared"),
         (["--policy", "nobody"], "no policy 'nobody'"),
         (["--model", "tiny-shapes"], "tiny-shapes was not trained on the procedural world"),
     ],

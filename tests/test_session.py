@@ -543,7 +543,9 @@ def test_an_unreadable_snapshot_is_refused_in_one_line(spoil, tmp_path):
     assert "take.safetensors" in one_line(error)
 
 
-@pytest.mark.parametrize("other", [{"layers": 4}, {"heads": 4}, {"dtype": torch.float64}, {"head_dim": 18}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"layers": 4}, {"heads": 4}, {"dtype": torch.float64}, {"head_dim": 18}, {"seed": 1}], ids=str
+)
 def test_a_snapshot_of_another_model_is_refused_in_one_line(other, tmp_path):
     take = take_of()
     next(take)

@@ -75,7 +75,7 @@ def save(session: Session, path: Any) -> None:
     sampler = session.sampler
     description = {
         "format": FORMAT, "environment": environment(), "host": session.host.name, "device": session.host.device.type,
-        "dtype": str(session.host.dtype),
+        "dtype": str(session.host.dtype), "weights": session.host.weights_digest(),
         "policy": policies.describe(session.policy), "reuse": reuse_policies.describe(session.reuse),
         "prompt": session._prompt, "negative": session._negative, "lockstep": session.lockstep,
         "guidance_scale": session.guidance_scale, "num_inference_steps": session.num_inference_steps,
@@ -138,6 +138,10 @@ def restore(
     if str(host.dtype) != description["dtype"]:
         raise LongtakeError(
             f"{path} was made with {description['dtype']} weights, the model has {host.dtype}: load it with that dtype"
+        )
+    if host.weights_digest() != description["weights"]:
+        raise LongtakeError(
+            f"{path} was made with the weights of {description['host']}, and {host.name} has others: load that model"
         )
     name, options = description["reuse"]
     if reuse is None and name not in reuse_policies.available():

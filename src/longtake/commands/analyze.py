@@ -86,7 +86,7 @@ def decay(
 @shell.guarded
 def reuse(
     model: options.Model = None,
-    prompt: options.Prompt = None,
+    prompt: options.See = None,
     spec: Annotated[str, Option("--reuse", metavar="SPEC", help="The reuse policy to watch.")] = "flowcache:slow",
     metric: Annotated[
         str | None, Option(help="What is traced: latent or timestep.", show_default="what the policy measures")
@@ -125,7 +125,7 @@ def reuse(
 @shell.guarded
 def selection(
     model: options.Model = None,
-    prompt: options.Prompt = None,
+    prompt: options.See = None,
     policy: Annotated[str, Option("--policy", "-p", help="packforcing, with options.")] = "packforcing",
     chunks: Annotated[int, Option(help="Length of the take in chunks.")] = 100,
     seed: Annotated[int, Option(help="Start of the random numbers.")] = 0,

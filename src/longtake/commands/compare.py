@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FEWEST, MOST = 12, 200  # true latent frames
 SCHEMA = 2  # of summary.json
 SCENES = 32  # of every arm on the world
-WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor", "against")
+WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor", "against", "as_given")
 TAKES_ONLY = ("prompt", "seconds", "chunks", "reuse", "size", "steps", "guidance", "negative")
 
 
@@ -55,9 +55,13 @@ def compare(
         list[int] | None,
         typer.Option(
             "--budget", metavar="N", help="History budget, in latent frames of full K/V; repeatable.",
-            show_default="a third, two thirds and all of a training clip; for free takes none",
+            show_default="about a third, two thirds and all of a training clip, with the chunk in flight; for free "
+            "takes none",
         ),
     ] = None,
+    as_given: Annotated[
+        bool, typer.Option("--as-given", help="Policies as they are written, not fitted to a budget.")
+    ] = False,
     compressor: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,7 +165,7 @@ def compare(
         "protocol": protocol, "frames": frames, "free": free, "gap": gap, "prompt": prompt, "seconds": seconds,
         "chunks": chunks, "reuse": reuse, "size": size, "steps": steps, "guidance": guidance, "negative": negative,
         "model": model, "policy": policy, "budget": budget, "seeds": seeds, "compressor": compressor,
-        "against": against,
+        "against": against, "as_given": as_given or None,
     }  # fmt: skip
     takes = matrix is not None or bool(prompt)
     _check(given, matrix, takes)
@@ -184,9 +188,11 @@ def compare(
     shell.hush()
     plan = _plan_of_takes(given, matrix, device) if takes else _plan_of_world(given, device)
     notes: list[str] = []
-    todo, store = cells(plan, notes), Store(out)
-    if against is not None and against not in (known := {cell.arm.name for cell in todo}):
-        raise LongtakeError(f"--against {against}: none of the policies compared, which are {', '.join(sorted(known))}")
+    todo = cells(plan, notes)
+    known = dict.fromkeys(cell.arm.name for cell in todo if not cell.arm.control)
+    if against is not None and against not in known:
+        raise LongtakeError(f"--against {against}: none of the policies compared, which are {', '.join(known)}")
+    store = Store(out)
     with contextlib.ExitStack() as around:
         executor = None
         if ray or ray_address:
@@ -221,8 +227,8 @@ def compare(
     write_atomically(out / "report.html", page(summary, out).encode())
     tables = len(summary["tables"]) + len(summary.get("takes", ()))
     text = f"{out / 'report.html'}: {summary['finished']} of {len(todo)} cells, {tables} tables"
-    if notes:
-        text += f", {len(notes)} notes"
+    for note in notes:
+        shell.say(note)
     shell.answer(summary, "\n".join([text, *done]), as_json)
 
 
@@ -242,7 +248,7 @@ def _on_ray(
 
 def _check(given: dict[str, Any], matrix: Path | None, takes: bool) -> None:
     """Raise LongtakeError for options that do not go together, and for values out of range."""
-    named = lambda names: [f"--{name}" for name in names if given[name] not in (None, [])]
+    named = lambda names: [f"--{name.replace('_', '-')}" for name in names if given[name] not in (None, [])]
     if matrix is not None and (beside := named(given)):
         raise LongtakeError(f"{beside[0]} beside {matrix}: the matrix says it all; write it there, or leave it out")
     if takes and (beside := named(WORLD_ONLY)):
@@ -251,10 +257,14 @@ def _check(given: dict[str, Any], matrix: Path | None, takes: bool) -> None:
         raise LongtakeError(f"{beside[0]} is for free takes: give --prompt too, or a matrix")
     if given["frames"] is not None and not FEWEST <= given["frames"] <= MOST:
         raise LongtakeError(f"--frames {given['frames']}: give {FEWEST} to {MOST} latent frames")
+    if given["as_given"] and given["budget"]:
+        raise LongtakeError("--as-given beside --budget: policies are fitted to a budget, or they are not")
     if given["free"] is not None and given["free"] < 6:
         raise LongtakeError(f"--free {given['free']}: give at least 6 latent frames")
     if unknown := sorted(set(given["protocol"] or ()) - {"A", "B"}):
-        raise LongtakeError(f"--protocol {unknown[0]}: give A or B")
+        raise LongtakeError(f"--protocol {unknown[0]}: give A or B (C is A on two models: --model twice)")
+    if given["free"] is not None and "B" not in (given["protocol"] or ()):
+        raise LongtakeError(f"--free {given['free']} is for protocol B: add --protocol B")
     for name in ("seeds", "gap", "budget", "chunks", "steps"):
         values = given[name] if isinstance(given[name], list) else [given[name]]
         if (least := min((value for value in values if value is not None), default=1)) < 1:
@@ -275,8 +285,9 @@ def _plan_of_world(given: dict[str, Any], device: str | None) -> Plan:
     )
     models = tuple(dict.fromkeys(given["model"] or default_models()))
     return Plan(
-        models, tuple(given["policy"] or ()), tuple(given["budget"] or ()), given["seeds"] or SCENES, settings, device,
-        compressors=tuple(dict.fromkeys(given["compressor"] or ())),
+        models, tuple(given["policy"] or ()), tuple(given["budget"] or ()), seeds=given["seeds"] or SCENES,
+        settings=settings, device=device, compressors=tuple(dict.fromkeys(given["compressor"] or ())),
+        fitted=not given["as_given"],
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ HISTORY_DTYPES = ("int8", "fp8")
 
 Output = Annotated[Path, Option("--output", "-o", help="The MP4 to write; it appears when it is complete.")]
 Prompt = Annotated[str | None, Argument(help="What to see; with --resume, what to see from now on.")]
+See = Annotated[str | None, Argument(metavar="[PROMPT]", help="What to see.")]
 Model = Annotated[
     str | None,
     Option(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compressors import Compressor, MeanPool, StreamingEncoder
 from ..errors import LongtakeError
@@ -20,6 +20,7 @@ from ..geometry import Geometry
 from ..history import LayerView
 from ..history.view import Positions
 from ..rope import RotaryTable
+from .digest import weights_digest
 
 CONFIG_NAME = "longtake.json"
 
@@ -279,6 +280,15 @@ class Host(ABC):
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
         """First-frame latents [B, C, 1, h, w] of images [B, 3, H, W] in [−1, 1]."""
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What every forward goes through: text encoder and autoencoder are apart."""
+
+    def weights_digest(self) -> str:
+        """What the model's weights are known by in files that belong to it."""
+        return weights_digest(self.network)
 
     @abstractmethod
     def memory(self) -> dict[str, int]:

@@ -252,6 +252,10 @@ class CausalWan(PromptReader, Host):
         with self.lock:
             return encode_first_frame(self._vae(), image).to(self.device)
 
+    @property
+    def network(self) -> Any:
+        return self.transformer
+
     def memory(self) -> dict[str, int]:
         parts = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
         return {name: sum(p.nbytes for p in part.parameters()) for name, part in parts.items() if part is not None}

@@ -72,20 +72,21 @@ def controls(shape: HistoryShape, clip: int) -> list[Arm]:
 
 def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes: list[str]) -> list[Arm]:
     """Policies of `specs` ("window:sink=0", "packcache", …; empty: all that have a name, the window also without a
-    sink), each fitted to the bytes of so many latent frames of K/V.
+    sink), each fitted to the bytes of so many latent frames of K/V; without `frames`, as they are.
 
-    A policy that cannot be fitted stands once, as it is, if it works for such a take; why a row is missing goes into
-    `notes`. Raises LongtakeError for an unknown policy.
+    A policy that cannot be fitted stands once, as it is, if it works for such a take; why a row is missing, and which
+    options fitting has changed, goes into `notes`. Raises LongtakeError for an unknown policy.
     """
     found: list[Arm] = []
     for spec in dict.fromkeys(specs or every()):
         policy = registry.parse(spec)
-        if isinstance(policy, FullHistory):
+        if isinstance(policy, FullHistory) or not frames:
             candidates: list[tuple[int | None, KVPolicy]] = [(None, policy)]
         else:
             candidates = _fitted(spec, policy, [n * shape.frame_bytes for n in dict.fromkeys(frames)], shape, notes)
         for budget, chosen in candidates:
-            name = spec if budget is not None or isinstance(policy, FullHistory) else f"{spec} (not fitted)"
+            whole = budget is not None or not frames or isinstance(policy, FullHistory)
+            name = spec if whole else f"{spec} (not fitted)"
             try:
                 chosen.settle(shape).check(shape)
             except LongtakeError as error:
@@ -164,10 +165,21 @@ def _fitted(
     found: list[tuple[int | None, KVPolicy]] = []
     for budget in sorted(budgets):
         try:
-            found.append((budget, policy.fit(budget, shape)))
+            fitted = policy.fit(budget, shape)
         except LongtakeError as error:
             notes.append(f"{_at(spec, budget)}: {error}")
+            continue
+        found.append((budget, fitted))
+        if other := _overruled(spec, policy, fitted):
+            notes.append(f"{_at(spec, budget)} is fitted with {other}")
     return found or [(None, policy)]
+
+
+def _overruled(spec: str, given: KVPolicy, fitted: KVPolicy) -> str:
+    """Options that a spec names and fitting has changed, as they are now."""
+    (_, before), (_, after) = registry.describe(given), registry.describe(fitted)
+    named = {option.partition("=")[0].strip() for option in spec.partition(":")[2].split(",")}
+    return ", ".join(f"{key}={after[key]}" for key in after if key in named and after[key] != before.get(key))
 
 
 @lru_cache(maxsize=8)

@@ -38,7 +38,8 @@ class Plan:
 
     models: tuple[str, ...]
     policies: tuple[str, ...] = ()  # empty: every policy that has a name
-    budgets: tuple[int, ...] = ()  # latent frames of K/V; empty: a third, two thirds and all of a training clip
+    budgets: tuple[int, ...] = ()  # latent frames of K/V; empty: three (`default_budgets`)
+    fitted: bool = True  # False: policies as they are, whatever they hold
     seeds: int = 32
     settings: tuple[Setting, ...] = (Setting(),)
     device: str | None = None
@@ -86,7 +87,7 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
                 "takes of it (--prompt), or judge reuse and compression on it with `longtake bench flowcache`"
             )
         shape = shape_of(host)
-        budgets = plan.budgets or default_budgets(host.config)
+        budgets = (plan.budgets or default_budgets(host.config)) if plan.fitted else ()
         rows = [*controls(shape, host.config.training_frames), *arms(plan.policies, budgets, shape, notes)]
         rows = with_compressors(rows, plan.compressors)
         listed.append((model, [(*_weights(model, host, arm), arm) for arm in rows]))

@@ -159,6 +159,10 @@ class Lumos(Host):
     def encode_image(self, image: Tensor) -> Tensor:
         return self._codec().encode(image.unsqueeze(2)).to(self.device)
 
+    @property
+    def network(self) -> Any:
+        return self.model
+
     def memory(self) -> dict[str, int]:
         parts = {"transformer": sum(p.nbytes for p in self.model.parameters())}
         return parts if self.codec is None else {**parts, "tokenizer": self.codec.memory()}

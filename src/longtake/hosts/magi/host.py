@@ -225,6 +225,10 @@ class MagiHost(PromptReader, Host):
             latents = vae.encode(video.to(vae.decoder.proj_in.weight))
         return latents.float().to(self.device) * self.settings.scale_factor
 
+    @property
+    def network(self) -> Any:
+        return self.transformer
+
     def memory(self) -> dict[str, int]:
         parts = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
         held = {name: sum(p.nbytes for p in part.parameters()) for name, part in parts.items() if part is not None}

@@ -1,0 +1,22 @@
+"""What a network is known by: a digest of a few of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+EACH = 16  # elements of a parameter that are looked at
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Sixteen hexadecimal digits of a network's parameters: names, shapes, and evenly spaced elements of each. Rounded
+    to bf16, so that the same weights loaded in fp32 and in bf16, on whatever device, have the same."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.named_parameters()):
+        digest.update(f"{name} {list(weight.shape)} ".encode())
+        at = torch.linspace(0, max(0, weight.numel() - 1), min(EACH, weight.numel()), device=weight.device).long()
+        some = weight.detach().reshape(-1)[at].to(torch.bfloat16).float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
