@@ -252,16 +252,23 @@ class Staggered(Rollout):
 
     def _step(self, chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
         """Take a chunk's step by the velocity computed for it, or by what it reuses."""
-        turn = self._turn(chunk)
+        turn, reused = self._turn(chunk), velocity is None
         if velocity is None:
             velocity = self._reused(chunk, turn)
             clock.reused += len(self._passes(chunk, turn))
             clock.skipped += self.reuse.state(chunk.chunk).cost
         else:
             self.reuse.keep(turn, chunk.x, velocity)
-        if self.on_step is not None:
-            velocity = self._shown(velocity, chunk, turn)
-        chunk.x = chunk.solver.step(velocity.float(), chunk.x)
+        shown = velocity if self.on_step is None else self._shown(velocity, chunk, turn)
+        if reused and self.reuse.repeats_update:
+            width = turn.next_sigma - turn.sigma
+            after = chunk.x + (self.reuse.update(turn) if shown is velocity else width * shown)
+            chunk.solver.skip()
+        else:
+            after = chunk.solver.step(shown.float(), chunk.x)
+            if not reused:
+                self.reuse.moved(turn, after - chunk.x)
+        chunk.x = after
         chunk.step += 1
         _impose(chunk)
         if chunk.step == self.matrix.steps and not torch.isfinite(chunk.x).all().item():
