@@ -14,8 +14,8 @@ changed, and adds `run.update(turn)` in a reused one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,25 @@ class ReuseRun:
             decisions += self.policy.decide([turn], [state], change, ahead.shared)
             state.done += 1
         return decisions
+
+    def ahead(self, rows: Iterable[Sequence[Turn]]) -> list[list[Decision]] | None:
+        """What will be decided for rows to come, from where the take stands now, if that is known: with a metric that
+        holds nothing of the video, or none. Changes nothing."""
+        if self.policy.measure() == "latent":
+            return None
+        play = ReuseRun(self.policy, self.feature, renoised=self.renoised)
+        play.states = {chunk: replace(state) for chunk, state in self.states.items()}
+        play.shared, play._by_timestep = replace(self.shared), self._by_timestep
+        decided = []
+        for turns in rows:
+            states = [play.state(turn.chunk) for turn in turns]
+            changes = play._changes(turns, [torch.empty(0)] * len(turns))
+            decided.append(self.policy.decide(turns, states, changes, play.shared))
+            for turn, state in zip(turns, states, strict=True):
+                state.done += 1
+                if turn.index == turn.steps - 1:
+                    play.finish(turn.chunk)
+        return decided
 
     @property
     def nbytes(self) -> int:
