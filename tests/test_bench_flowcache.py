@@ -5,23 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from longtake import LongtakeError, Session
+from longtake import LongtakeError, Session, load
 from longtake.evaluate import bench_flowcache
 from longtake.evaluate.bench_flowcache import SHAPES
-from longtake.evaluate.flowcache_arms import SKIPPED, Arm, arms, calibrated, skipped
+from longtake.evaluate.flowcache_arms import GIVEN, SKIPPED, Arm, arms, calibrated, skipped
+from longtake.evaluate.flowcache_compared import BOTH, KV, NEITHER, REUSE, compared
 from longtake.evaluate.flowcache_quality import quality
 from longtake.evaluate.flowcache_report import PIPELINE, FlowCacheReport, QualityRow
 from longtake.hosts.base import HostConfig
 from longtake.hosts.skyreels import SkyReels
-from longtake.reuse import FlowCacheReuse
+from longtake.reuse import FlowCacheReuse, TeaCacheReuse
 from longtake.samplers.stagger import Stagger
 from longtake.zoo import tiny_text, tiny_transformer, train_tiny_skyreels
 
 MICRO = SHAPES["cpu-micro"]
+PAIRED = ("flowcache slow", "teacache as slow")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,11 @@ def ways(host: SkyReels) -> list[Arm]:
 def test_every_method_skips_the_stated_share_of_the_steps(host: SkyReels, ways: list[Arm]) -> None:
     for arm in ways:
         if arm.reuse is not None and arm.reuse.carry == "velocity":
-            found = skipped(arm.reuse, host, host.geometry(), host.config.training_frames, arm.sampler(host))
-            assert abs(found - SKIPPED["fast" if "fast" in arm.name else "slow"]) <= 0.02, arm.name
+            frames, aim = host.config.training_frames, SKIPPED["fast" if "fast" in arm.name else "slow"]
+            assert abs(skipped(arm.reuse, host, host.geometry(), frames, arm.sampler(host)) - aim) <= 0.02, arm.name
+            after = arm.continued or arm.reuse
+            rest, sampler = frames - GIVEN * host.geometry().chunk_frames, arm.sampler(host, continued=True)
+            assert abs(skipped(after, host, host.geometry(), rest, sampler) - aim) <= 0.03, arm.name
 
 
 def test_rows_played_without_the_model_are_those_of_a_take(host: SkyReels, ways: list[Arm]) -> None:
@@ -58,14 +64,32 @@ def test_rows_played_without_the_model_are_those_of_a_take(host: SkyReels, ways:
 
 def test_a_threshold_is_found_where_its_share_is_nearest() -> None:
     assert calibrated(lambda at: min(0.5, at), 0.3) == pytest.approx(0.3, abs=1e-6)
-    assert calibrated(lambda at: min(0.5, at), 0.9) <= 0.6  # cannot be reached: the least that comes as near as any
-    assert calibrated(lambda at: float(at >= 0.1), 0.2) < 0.1  # between nothing and everything, nothing is nearer
+    assert 0.5 <= calibrated(lambda at: min(0.5, at), 0.9) <= 0.8  # cannot be reached: what comes as near as any
+    assert calibrated(lambda at: float(at >= 0.1), 0.2) == pytest.approx(0.05, rel=1e-3)  # nothing is nearer than all
+    steps = lambda at: 0.1 * sum(at >= edge for edge in (0.2, 0.3, 0.7, 0.8))
+    assert calibrated(steps, 0.21) == pytest.approx(0.5, rel=1e-3)  # the middle of all that skip 0.2
+
+
+def test_presets_of_the_embedded_model_skip_what_they_state_and_lie_on_no_edge() -> None:
+    model = load("tiny-skyreels")
+    frames, stagger = model.config.training_frames, Stagger.of(model.config)
+    share = lambda policy: skipped(policy, model, model.geometry(), frames, stagger)
+    for speed, aim in (("slow", 27 / 50), ("fast", 32 / 50)):
+        for kind, off in ((FlowCacheReuse, 0.0), (TeaCacheReuse, 0.5 / 50)):
+            at = kind(speed).for_model(model.reuse_preset).threshold
+            found = [share(kind(at * by)) for by in (0.9995, 1, 1.0005)]
+            assert found == [found[1]] * 3 and abs(found[1] - aim) <= off + 1e-9, (kind, speed, found)
 
 
 def test_the_benchmark_counts_times_and_reports(tmp_path: Path) -> None:
     report = bench_flowcache.run("cpu-micro", model=None, rounds=1, seeds=0, force=True)
     rows = {row.arm: row for row in report.speed}
     assert {PIPELINE, "none", "flowcache slow", "teacache as fast", "flowcache slow, compressed"} <= set(rows)
+    assert [arm for arm in rows if "carry" in arm] == ["flowcache slow, carry residual"]  # the one that costs time
+    assert rows["flowcache slow, carry residual"].shapes == rows["flowcache slow"].shapes
+    judged = {t.name.split(": ")[0]: t.met for t in report.targets}
+    assert {"cpu-micro, teacache as slow", "cpu-micro, teacache as fast", "cpu-micro, none"} <= set(judged)
+    assert None not in judged.values()
     per_chunk = MICRO.steps + 1
     assert sum(shape.forwards for shape in rows["none"].shapes) == MICRO.chunks * per_chunk
     tokens = MICRO.chunk_frames * 4
@@ -109,9 +133,58 @@ def test_takes_are_compared_with_the_ones_of_the_same_noise(drawn: SkyReels) -> 
     }
     assert rows["none"].psnr == [] and rows["none"].skipped == rows["all"].skipped == 0
     assert rows["all"].psnr[0] > 100 and rows["all"].ssim == [pytest.approx(1)] == rows["all"].continued_ssim
-    assert rows["some"].skipped == 0.5 and rows["some"].psnr[0] < 80
-    assert rows["none"].events == rows["some"].events
+    assert rows["some"].skipped == rows["some"].continued_skipped == 0.5 and rows["some"].psnr[0] < 80
+    assert rows["none"].events == rows["some"].events == len(rows["some"].hits["lawful"][0])
     assert all(rate.gap == 0 for rate in rows["all"].read.values())
+
+
+def judged_row(arm: str, psnr: list[float], lawful: list[list[float]], against: str = "none") -> QualityRow:
+    like = [1 - 10 ** (-p / 20) for p in psnr]
+    hits = {name: lawful for name in ("lawful", "colour", "texture")}
+    return QualityRow(arm, against, 0.5, 0.5, psnr, like, psnr, like, hits)
+
+
+def test_arms_are_compared_with_each_other_seed_by_seed() -> None:
+    """Six seeds in which one arm is better by 1 dB and 2 of 3 returns; its neighbour is the same arm again."""
+    low, high = [20.0, 22, 19, 25, 21, 23], [21.0, 23, 20, 26, 22, 24]
+    rows = [
+        judged_row("flowcache slow", high, [[1.0, 1, 1]] * 6), judged_row("teacache as slow", low, [[1.0, 0, 0]] * 6),
+        judged_row("flowcache slow, carry update", high, [[1.0, 1, 1]] * 6),
+    ]  # fmt: skip
+    found = {(c.measure, c.second): c for c in compared(rows)}
+    tea = found["PSNR", "teacache as slow"]
+    assert tea.gap == pytest.approx(1) and tea.ci95 == pytest.approx((1, 1)) and tea.p < 0.05
+    assert tea.holm == pytest.approx(2 * tea.p)  # two arms are compared
+    assert found["lawful", "teacache as slow"].gap == pytest.approx(2 / 3)
+    same = found["PSNR", "flowcache slow, carry update"]
+    assert same.gap == 0 and same.p == 1
+
+
+def test_an_interaction_is_what_both_do_beyond_what_each_does() -> None:
+    """Errors add up (as decibels they do not), returns do not: each alone keeps one of two, and so do both."""
+    alone, together = [20.0, 23, 26], [float(-10 * np.log10(2 * 10 ** (-p / 10))) for p in (20.0, 23, 26)]
+    rows = [
+        judged_row(NEITHER, [], [[1.0, 1]] * 3, NEITHER), judged_row(KV, alone, [[1.0, 0]] * 3, NEITHER),
+        judged_row(REUSE, alone, [[0.0, 1]] * 3, NEITHER), judged_row(BOTH, together, [[0.0, 1]] * 3, NEITHER),
+    ]  # fmt: skip
+    found = {(c.measure, c.second): c for c in compared(rows)}
+    assert found["error in PSNR", f"{KV} + {REUSE}"].gap == pytest.approx(0, abs=1e-9)
+    assert found["lawful", f"{KV} + {REUSE}"].gap == pytest.approx(0.5)
+    assert found["PSNR", KV].gap == pytest.approx(-10 * np.log10(2))
+
+
+def test_a_report_with_a_judgement_reads_back_and_tells_its_comparisons(tmp_path: Path) -> None:
+    rows = [judged_row(arm, [20.0 + k, 21, 23], [[1.0], [], [0.0]]) for k, arm in enumerate(PAIRED)]
+    report = FlowCacheReport(
+        command="c", forced=True, shape={"name": "s"}, settings={"threads": 1, "dtype": "float32"}, figures=[],
+        provenance={"machine": {"gpu": None, "cpu": "x", "cores": 2}, "versions": {"torch": "2"}, "git": None,
+                    "date": "2026-01-01"},
+        others_busy={"before": None, "during": None}, quality=rows, compared=compared(rows),
+    )  # fmt: skip
+    path = report.write(tmp_path, "flowcache-cpu")[0]
+    assert FlowCacheReport.read(path).as_dict() == report.as_dict()
+    assert "PSNR: flowcache slow less teacache as slow: -0.333 [-1, +0], p" in report.text()
+    assert "| flowcache slow less teacache as slow |" in report.markdown()
 
 
 def test_a_judgement_is_taken_over_of_the_same_weights_and_thresholds_only() -> None:
@@ -122,7 +195,9 @@ def test_a_judgement_is_taken_over_of_the_same_weights_and_thresholds_only() -> 
         )  # fmt: skip
 
     judged, now = report("a", 0.1, QualityRow("none", "none", 0.0)), report("a", 0.1)
+    judged.compared = compared([judged_row(arm, [20.0, 21], []) for arm in PAIRED])
     bench_flowcache._take_over(now, judged)
+    assert now.compared == judged.compared != []
     assert (
         now.quality == judged.quality and now.settings["seeds"] == 1 and now.settings["judged"]["command"] == "earlier"
     )

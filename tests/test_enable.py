@@ -130,7 +130,7 @@ def test_threshold_zero_equals_no_reuse_bitwise() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("carry", ["velocity", "residual", "update"])
+@pytest.mark.parametrize("carry", ["velocity", "residual"])
 def test_branches_decide_alike_and_every_decision_is_logged(carry: str) -> None:
     pipe = pipeline()
     with longtake.enable(pipe, reuse=FlowCacheReuse(1.0, "timestep", carry, 1, "chunk", "identity")) as run:
@@ -186,6 +186,9 @@ def test_calls_that_cannot_be_run_are_refused_with_advice() -> None:
     with pytest.raises(LongtakeError, match="clean or adopt"), longtake.enable(pipe, commit="x"):
         pass
     with pytest.raises(LongtakeError, match="no KVPolicy"), longtake.enable(pipe, policy=SlidingWindow):
+        pass
+    update = FlowCacheReuse("slow", carry="update")
+    with pytest.raises(LongtakeError, match="scheduler makes every step"), longtake.enable(pipe, reuse=update):
         pass
 
 

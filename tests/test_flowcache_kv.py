@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, PlanError, Session
+from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, PlanError, Session, TeaCacheReuse
 from longtake.plan import FULL, Block, BlockTable, Entry, Form, Fuse, HistoryShape, Signals
 from longtake.policies.flowcache_kv import importance, pooled, redundancy
 
@@ -426,3 +426,28 @@ def test_a_video_that_is_continued_is_compressed_like_any_past(given):
     for _ in range(8):
         chunk = next(session)
         assert torch.isfinite(chunk.latents).all() and chunk.stats.attended_tokens <= 5 * 5 * 4
+
+
+@pytest.mark.parametrize("commit", ["clean", "adopt"])
+@pytest.mark.parametrize("reuse", [
+    None, FlowCacheReuse(0.5, "timestep", warmup=2, last="none", rescale="identity"),
+    FlowCacheReuse(0.2, "latent", warmup=2, last="none", rescale="identity"),
+    TeaCacheReuse(0.5, "timestep", warmup=2, last="none", rescale="identity"),
+], ids=["none", "timestep", "latent", "joint"])  # fmt: skip
+def test_only_forwards_whose_scores_can_matter_are_scored_and_the_video_stays_the_same(commit, reuse):
+    """As against scoring every forward that is computed, to the bit."""
+    host = tiny_skyreels(overlap=None, commit=commit, condition_noise=0.0)
+
+    def made(everything: bool) -> tuple[Tensor, int]:
+        session = Session(
+            host, FlowCacheKV(5), prompt_embeds=torch.ones(1, 7, 10), guidance_scale=1.0, decode=False, reuse=reuse,
+            seed=4,
+        )  # fmt: skip
+        if everything:
+            session.rollout._last_forwards = lambda computed: {chunk.chunk for chunk in computed}
+        own, calls = session.history.views["cond"].score, []
+        session.history.views["cond"].score = lambda q, k: calls.append(k.shape) or own(q, k)
+        return latents(session, 7), len(calls)
+
+    (ours, few), (every, all_) = made(False), made(True)
+    assert torch.equal(ours, every) and 0 < few < all_

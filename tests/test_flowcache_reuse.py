@@ -486,12 +486,12 @@ def walk(run: ReuseRun, widths: list[float], velocity) -> tuple[float, float]:
     x, sigma = torch.zeros(1, 1, 1, 1, 1), 1.0
     for k, width in enumerate(widths):
         now = Turn(0, k, len(widths), sigma, sigma, sigma - width)
-        if run.decide([now], [x + k])[0]:
-            v = velocity(sigma)
+        computed, width = run.decide([now], [x + k])[0], now.next_sigma - now.sigma
+        v = velocity(sigma) if computed else run.carried(now, x)
+        if computed:
             run.keep(now, x, v)
-        else:
-            v = run.carried(now, x)
-        x, sigma = x + (now.next_sigma - now.sigma) * v, now.next_sigma
+            run.moved(now, width * v)
+        x, sigma = x + width * v, now.next_sigma
     return x.item(), sigma
 
 

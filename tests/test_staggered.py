@@ -12,8 +12,10 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from longtake import FlowCacheKV, FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
+from longtake.chunk import Clock
 from longtake.reuse import FlowCacheReuse
 from longtake.samplers.chunked import Schedule
+from longtake.samplers.flight import InFlight
 from longtake.samplers.solvers import Euler
 from longtake.samplers.staggered import Stagger
 from longtake.samplers.step_matrix import StepMatrix
@@ -67,6 +69,54 @@ def test_a_threshold_above_zero_reuses_and_changes_the_video() -> None:
     reused = latents(take)
     assert take.stats.reused > 0
     assert not torch.equal(reused, latents(session(chunks=6)))
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_the_published_carry_repeats_the_last_computed_change_to_the_bit(solver: str) -> None:
+    host = tiny_skyreels()
+    host.solver = solver
+    take = session(host, chunks=6, reuse=FlowCacheReuse(10.0, "timestep", "update", 2, "chunk", "identity"))
+    changes: dict[int, Tensor] = {}
+    step, repeated = take.rollout._step, 0
+
+    def watched(chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
+        nonlocal repeated
+        before = chunk.x
+        step(chunk, velocity, clock)
+        if velocity is None:
+            assert torch.equal(chunk.x, before + changes[chunk.chunk])
+            repeated += 1
+        else:
+            changes[chunk.chunk] = chunk.x - before
+
+    take.rollout._step = watched
+    list(take)
+    assert 2 * repeated == take.stats.reused > 0
+
+
+def test_after_a_step_without_a_velocity_the_solver_begins_again_at_first_order() -> None:
+    levels = [1.0, 0.9, 0.75, 0.5, 0.2, 0.0]
+    solver, x = UniPC(levels), torch.ones(1, 1, 1, 1, 1)
+    for k in range(2):
+        x = solver.step(x * (k + 1), x)
+    solver.skip()
+    again = UniPC(levels)
+    again.load_state_dict(*solver.state_dict())
+    for one in (solver, again):
+        v = torch.full_like(x, 0.7)
+        torch.testing.assert_close(one.step(v, x), x + (levels[4] - levels[3]) * v)
+        assert one.scheduler.step_index == 4
+
+
+def test_a_callback_sees_what_a_repeated_change_predicts_and_may_replace_it() -> None:
+    reuse = FlowCacheReuse(10.0, "timestep", "update", 2, "chunk", "identity")
+    plain = latents(session(chunks=4, reuse=reuse))
+    seen = lambda s, step, t, k: {}
+    assert torch.equal(plain, latents(session(chunks=4, reuse=reuse, callback_on_step_end=seen)))
+    zero = lambda s, step, t, k: {"latents": torch.zeros_like(k["latents"])}
+    torch.testing.assert_close(
+        latents(session(chunks=4, reuse=reuse, callback_on_step_end=zero)), torch.zeros_like(plain), atol=1e-4, rtol=0
+    )
 
 
 def test_a_window_as_long_as_the_take_changes_nothing() -> None:

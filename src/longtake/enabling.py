@@ -284,6 +284,11 @@ def enable(
     for given, base in ((reuse, ReusePolicy), (policy, KVPolicy)):
         if not isinstance(given, base | None):
             raise LongtakeError(f"{given!r} is no {base.__name__}: give an object of one, or None")
+    if reuse is not None and reuse.carries() == "update":
+        raise LongtakeError(
+            "carry 'update' repeats a change of the latents, but here the pipeline's own scheduler makes every step: "
+            "use carry=velocity or carry=residual, or longtake.Session"
+        )
     training = pipe.transformer.training
     host = load(pipe)
     assert isinstance(host, SkyReels)

@@ -8,33 +8,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import torch
-
 from ..geometry import Geometry
 from ..hosts.base import Host
 from ..policies import FlowCacheKV, KVPolicy
-from ..reuse import FlowCacheReuse, ReusePolicy, ReuseRun, TeaCacheReuse, Turn
+from ..reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun, TeaCacheReuse, Turn
 from ..samplers.stagger import Stagger
 
 # Shares of a chunk's steps that the published FLOPs of SkyReels-V2 imply: nobody published decision logs.
 SKIPPED = {"slow": 27 / 50, "fast": 32 / 50}
-HALVINGS = 30  # of a threshold's bracket
+HALVINGS = 60  # of a threshold's bracket, at most …
+FINE = 1e-6  # … until it is so narrow, relatively
+LIMIT = 1e6  # no threshold beyond
 KV_CHUNKS = 4  # two in flight, two of the past
+GIVEN = 3  # chunks of truth that continued takes begin with
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make the takes. `lag` replaces the model's own, `against` names the arm it is compared with."""
+    """One way to make the takes. `lag` replaces the model's own, `against` names the arm it is compared with.
+    `continued` is the reuse of takes that continue given chunks, where it is another: a joint decision skips another
+    share of other rows, and is set to skip the same one."""
 
     name: str
     reuse: ReusePolicy | None = None
+    continued: ReusePolicy | None = None
     policy: KVPolicy | None = None
     lag: int | None = None
     against: str = "none"
 
-    def sampler(self, host: Host) -> Stagger:
+    def sampler(self, host: Host, *, continued: bool = False) -> Stagger:
+        """A continued take has no windows of its own: it sees all that is given."""
         sampler = Stagger.of(host.config)
-        return sampler if self.lag is None else replace(sampler, lag=self.lag)
+        sampler = sampler if self.lag is None else replace(sampler, lag=self.lag)
+        return replace(sampler, window=None, overlap=0) if continued else sampler
 
 
 def arms(host: Host, geometry: Geometry, frames: int) -> list[Arm]:
@@ -42,22 +48,25 @@ def arms(host: Host, geometry: Geometry, frames: int) -> list[Arm]:
 
     With half the steps as lag two chunks are in flight, so most of a window is past that can be compressed.
     """
-    sampler = Stagger.of(host.config)
-    share = lambda policy: skipped(policy, host, geometry, frames, sampler)
     found = [Arm("none")]
+    free, after = (found[0].sampler(host, continued=continued) for continued in (False, True))
+    rest = max(frames - GIVEN * geometry.chunk_frames, geometry.chunk_frames)
+    share = lambda policy: skipped(policy, host, geometry, frames, free)
+    share_after = lambda policy: skipped(policy, host, geometry, rest, after)
     flow = lambda threshold: FlowCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
     tea = lambda threshold: TeaCacheReuse(threshold, "timestep", rescale="identity", warmup=5, last="chunk")
     for speed, target in SKIPPED.items():
         chunkwise = flow(calibrated(lambda at: share(flow(at)), target))
         joint = tea(calibrated(lambda at: share(tea(at)), share(chunkwise)))
+        joint_after = tea(calibrated(lambda at: share_after(tea(at)), share_after(chunkwise)))
         found += [
             Arm(f"flowcache {speed}", chunkwise),
             Arm(f"flowcache {speed}, carry update", replace(chunkwise, carry="update")),
             Arm(f"flowcache {speed}, carry residual", replace(chunkwise, carry="residual")),
-            Arm(f"teacache as {speed}", joint),
+            Arm(f"teacache as {speed}", joint, joint_after),
         ]
     slow = next(arm.reuse for arm in found if arm.name == "flowcache slow")
-    steps = len(host.timetable(sampler.steps)[0])
+    steps = len(host.timetable(free.steps)[0])
     wide = replace(Arm("none, two in flight"), lag=math.ceil(steps / 2))
     kv = FlowCacheKV(KV_CHUNKS)
     found += [
@@ -75,44 +84,51 @@ def skipped(policy: ReusePolicy, host: Host, geometry: Geometry, frames: int, sa
     timesteps, levels = host.timetable(sampler.steps)
     steps, chunks = len(timesteps), -(-frames // geometry.chunk_frames)
     matrix = sampler.layout(geometry, steps, frames)[0]
-    run = ReuseRun(policy.for_model(host.reuse_preset), _feature(host))
-    nothing, reused = torch.zeros(1), 0
+    rows = []
     for row in range(matrix.rows(chunks)):
         at = {chunk: step for chunk in range(chunks) if (step := matrix.step(row, chunk)) is not None}
-        turns = [
+        rows.append([
             Turn(c, k, steps, timesteps[k], levels[k], levels[k + 1], last=k == steps - 1 and c == chunks - 1)
             for c, k in at.items()
-        ]
-        for turn, computed in zip(turns, run.decide(turns, [nothing] * len(turns)), strict=True):
-            if computed:
-                run.keep(turn, nothing, nothing)
-            reused += not computed
-            if turn.index == steps - 1:
-                run.finish(turn.chunk)
-    return reused / (chunks * steps)
+        ])  # fmt: skip
+    run = _run(host)
+    run.policy = policy.for_model(host.reuse_preset)
+    decided = run.ahead(rows)
+    assert decided is not None
+    return sum(decision.reused for row in decided for decision in row) / (chunks * steps)
 
 
 def calibrated(share: Callable[[float], float], target: float) -> float:
-    """The threshold whose share comes nearest to `target`, of those that halving a bracket visits."""
+    """A threshold whose share comes nearest to `target`, in the middle of all that have that share: shares go by whole
+    steps, and on the edge between two of them rounding would decide."""
+    known = cache(share)
     low, high = 0.0, 1e-3
-    seen: dict[float, float] = {}
-    while (last := seen.setdefault(high, share(high))) < target and high < 1e6:
+    while known(high) < target and high < LIMIT:
         low, high = high, 2 * high
-    for _ in range(HALVINGS if last >= target else 0):
+    below, reached = (high, high) if known(high) < target else _edge(lambda at: known(at) < target, low, high)
+    nearest = min((below, reached), key=lambda at: (abs(known(at) - target), at))
+    found = known(nearest)
+    first = 0.0 if known(0.0) >= found else _edge(lambda at: known(at) < found, 0.0, nearest)[1]
+    over = max(nearest, 1e-3)
+    while known(over) <= found and over < LIMIT:
+        over *= 2
+    last = _edge(lambda at: known(at) <= found, nearest, over)[0] if known(over) > found else 2 * first
+    middle = (first + last) / 2
+    return middle if known(middle) == found else nearest
+
+
+def _edge(before: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+    """Where `before`, true at `low` and not at `high`, ends: the last place before it and the first behind, as near as
+    halving brings them."""
+    for _ in range(HALVINGS):
+        if high - low <= FINE * high:
+            break
         middle = (low + high) / 2
-        if seen.setdefault(middle, share(middle)) < target:
-            low = middle
-        else:
-            high = middle
-    return min(seen, key=lambda threshold: (abs(seen[threshold] - target), threshold))
-
-
-def _feature(host: Host) -> Callable[[str, torch.Tensor | None, float], torch.Tensor]:
-    """The host's timestep feature, each computed once."""
-    held = _timestep_features(host)
-    return lambda metric, latents, timestep: held(timestep)
+        low, high = (middle, high) if before(middle) else (low, middle)
+    return low, high
 
 
 @cache
-def _timestep_features(host: Host) -> Callable[[float], torch.Tensor]:
-    return cache(lambda timestep: host.feature("timestep", None, timestep))
+def _run(host: Host) -> ReuseRun:
+    """A take that never begins: it remembers how far timesteps are from each other."""
+    return ReuseRun(NoReuse(), host.feature)

@@ -8,7 +8,6 @@ and look as they did. Each arm is compared with the take of the same seed that r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -20,12 +19,11 @@ from ..zoo import lanes, readback
 from .compare.footage import FIRST_SEED, true_latents
 from .compare.picture import psnr, ssim_map
 from .compare.statistics import interval, mean, paired
-from .flowcache_arms import Arm
-from .flowcache_report import QualityRow, Rate
+from .flowcache_arms import GIVEN, Arm
+from .flowcache_compared import by_seed
+from .flowcache_report import READ, QualityRow, Rate, known
 
-GIVEN = 3  # chunks of truth
 GAPS = (1, 2, 4)  # latent frames an actor may be hidden for: it has to leave and come back within a window
-READ = ("lawful", "colour", "texture")
 
 
 def quality(
@@ -35,17 +33,16 @@ def quality(
     if host.config.world != lanes.WORLD:
         raise LongtakeError(f"{host.name} was not trained on the world of lanes: its takes cannot be read back")
     rows = {arm.name: QualityRow(arm.name, arm.against, 0.0) for arm in arms}
-    hits: dict[str, dict[str, dict[int, list[float]]]] = {a.name: {name: {} for name in READ} for a in arms}
-    steps: dict[str, list[int]] = {arm.name: [0, 0] for arm in arms}
+    steps: dict[str, list[tuple[int, int]]] = {arm.name: [] for arm in arms}  # reused and all, free and continued
     for number, seed in enumerate(seeds):
         scene = lanes.scene(FIRST_SEED + seed, host.config.training_frames + 16, GAPS)
         videos: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         given = true_latents(host, scene, GIVEN * host.config.chunk_frames)
         for done, arm in enumerate(arms):
-            row, free = rows[arm.name], _session(host, arm, scene, seed)
-            videos[arm.name] = _frames(free), _continued(host, arm, scene, seed, given)
-            steps[arm.name][0] += free.stats.reused
-            steps[arm.name][1] += free.stats.reused + free.stats.forwards - free.stats.chunks
+            row, takes = rows[arm.name], [_session(host, arm, scene, seed, continued=after) for after in (False, True)]
+            takes[1].extend(given)
+            videos[arm.name] = _frames(takes[0]), _frames(takes[1])
+            steps[arm.name] += [(t.stats.reused, t.stats.reused + t.stats.forwards - t.stats.chunks) for t in takes]
             if arm.name != arm.against:
                 for video, base, noise, structure in zip(
                     videos[arm.name], videos[arm.against], (row.psnr, row.continued_psnr),
@@ -53,37 +50,30 @@ def quality(
                 ):  # fmt: skip
                     noise.append(psnr(video, base))
                     structure.append(float(ssim_map(video, base).mean()))
-            for verdict in _verdicts(host, scene, videos[arm.name][1]):
-                for name in READ:
-                    hits[arm.name][name].setdefault(seed, []).append(float(getattr(verdict, name)))
+            verdicts = _verdicts(host, scene, videos[arm.name][1])
+            for name in READ:
+                row.hits.setdefault(name, []).append([float(getattr(verdict, name)) for verdict in verdicts])
             progress(number * len(arms) + done + 1, len(seeds) * len(arms))
     for arm in arms:
-        row, (reused, of) = rows[arm.name], steps[arm.name]
-        row.skipped = reused / of
-        row.events = sum(map(len, hits[arm.name][READ[0]].values()))
+        row = rows[arm.name]
+        row.skipped, row.continued_skipped = (
+            sum(reused for reused, _ in counts) / sum(of for _, of in counts)
+            for counts in (steps[arm.name][::2], steps[arm.name][1::2])
+        )
         for name in READ if row.events else ():
-            own, other = hits[arm.name][name], hits[arm.against][name]
-            gap, between, _ = paired(own, other) if arm.name != arm.against else (0.0, (0.0, 0.0), 1.0)
-            row.read[name] = Rate(mean(own), interval(own), gap, between)
+            own, other = (by_seed(rows[which].hits[name]) for which in (arm.name, arm.against))
+            gap, between, p = paired(own, other) if arm.name != arm.against else (0.0, (0.0, 0.0), 1.0)
+            row.read[name] = Rate(mean(own), known(interval(own)), gap, known(between), p)
     return list(rows.values())
 
 
-def _session(host: Host, arm: Arm, scene: lanes.Scene, seed: int, *, window: bool = True) -> Session:
-    """A take as long as a window. Without windows of its own it sees all that is given."""
-    sampler = arm.sampler(host)
-    if not window:
-        sampler = replace(sampler, window=None, overlap=0)
+def _session(host: Host, arm: Arm, scene: lanes.Scene, seed: int, *, continued: bool) -> Session:
+    """A take as long as a window."""
     frames = host.geometry().pixel_frames(host.config.training_frames)
     return Session(
-        host, arm.policy or FullHistory(), reuse=arm.reuse, prompt=scene.caption, seed=seed, num_frames=frames,
-        sampler=sampler,
+        host, arm.policy or FullHistory(), reuse=(continued and arm.continued) or arm.reuse, prompt=scene.caption,
+        seed=seed, num_frames=frames, sampler=arm.sampler(host, continued=continued),
     )  # fmt: skip
-
-
-def _continued(host: Host, arm: Arm, scene: lanes.Scene, seed: int, given: object) -> np.ndarray:
-    take = _session(host, arm, scene, seed, window=False)
-    take.extend(given)  # type: ignore[arg-type]
-    return _frames(take)
 
 
 def _frames(take: Session) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,8 +10,13 @@ import numpy as np
 
 from .bench_report import Report, table
 from .canvas import ACCENT, INK, PALE, canvas, png
+from .compare.statistics import interval
 
 PIPELINE = "diffusers pipeline"
+READ = ("lawful", "colour", "texture")  # what is read of returning actors
+LEVEL = 0.05  # of a difference that is marked
+
+Interval = tuple[float, float] | None  # 95 %; None where too few seeds have anything
 
 
 @dataclass
@@ -45,31 +51,57 @@ class SpeedRow:
 
 @dataclass
 class Rate:
-    """A share of events, its 95 % interval by seed, and its paired difference to the arm it is compared with."""
+    """A share of events, its 95 % interval by seed, and its paired difference to the arm it is compared with, with the
+    p of that."""
 
     mean: float
-    ci95: tuple[float, float]
+    ci95: Interval
     gap: float = 0.0
-    gap_ci95: tuple[float, float] = (0.0, 0.0)
+    gap_ci95: Interval = (0.0, 0.0)
+    p: float = 1.0
 
     def cell(self) -> str:
-        return f"{self.mean:.0%} ({100 * self.gap:+.0f} [{100 * self.gap_ci95[0]:+.0f}, {100 * self.gap_ci95[1]:+.0f}])"
+        return f"{self.mean:.0%}{_within(self.ci95, '.0%')} ({_gap(100 * self.gap, _percent(self.gap_ci95), self.p)})"
+
+
+@dataclass
+class Compared:
+    """One arm less another in one measure, paired by seed. Of an interaction `first` and `second` are sums: what both
+    do together and neither does, and what each does alone."""
+
+    measure: str
+    first: str
+    second: str
+    gap: float
+    ci95: Interval
+    p: float
+    holm: float  # p, corrected for all comparisons of this measure
+
+    def cell(self) -> str:
+        scale, form = (100, "+.1f") if self.measure in READ else (1, "+.3g")
+        within = None if self.ci95 is None else (scale * self.ci95[0], scale * self.ci95[1])
+        return _gap(scale * self.gap, within, self.p, form) + ("*" if self.holm < LEVEL else "")
 
 
 @dataclass
 class QualityRow:
     """One arm against the take without it from the same noise, seed by seed: of free takes, and of true beginnings that
-    are continued, whose returns are judged."""
+    are continued, whose returns are judged. Lists are by seed."""
 
     arm: str
     against: str
-    skipped: float
+    skipped: float  # share of steps reused, in free takes …
+    continued_skipped: float = 0.0  # … and in continued ones
     psnr: list[float] = field(default_factory=list)  # decibels, free takes; none for the arm compared with
     ssim: list[float] = field(default_factory=list)
     continued_psnr: list[float] = field(default_factory=list)
     continued_ssim: list[float] = field(default_factory=list)
-    events: int = 0
-    read: dict[str, Rate] = field(default_factory=dict)  # "lawful", "colour", "texture"
+    hits: dict[str, list[list[float]]] = field(default_factory=dict)  # what is read → 0 or 1 for every return
+    read: dict[str, Rate] = field(default_factory=dict)  # the same, over all seeds
+
+    @property
+    def events(self) -> int:
+        return sum(map(len, self.hits.get(READ[0], [])))
 
 
 @dataclass(kw_only=True)
@@ -80,6 +112,7 @@ class FlowCacheReport(Report):
 
     speed: list[SpeedRow] = field(default_factory=list)
     quality: list[QualityRow] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
 
     def own_lines(self) -> list[str]:
         lines = []
@@ -91,9 +124,12 @@ class FlowCacheReport(Report):
                 told += f", shapes say {row.predicted:.4g} s ({row.predicted / row.median - 1:+.1%})"
             lines.append(told)
         for q in self.quality:
-            like = f"PSNR {np.mean(q.psnr):.2f} dB, SSIM {np.mean(q.ssim):.4f}, " if q.psnr else ""
+            like = f"PSNR {_mean(q.psnr, '.2f')} dB, SSIM {_mean(q.ssim, '.4f')}, " if q.psnr else ""
+            after = f"continued: PSNR {_mean(q.continued_psnr, '.2f')} dB, SSIM {_mean(q.continued_ssim, '.4f')}, "
             read = ", ".join(f"{name} {rate.cell()}" for name, rate in q.read.items())
-            lines.append(f"{q.arm} ({q.skipped:.0%} reused): {like}{q.events} returns: {read}")
+            share = f"{q.skipped:.1%} reused, continued {q.continued_skipped:.1%}"
+            lines.append(f"{q.arm} ({share}): {like}{after if q.psnr else ''}{q.events} returns: {read}")
+        lines += [f"{c.measure}: {c.first} less {c.second}: {c.cell()}" for c in self.compared]
         return lines
 
     def own_tables(self) -> list[str]:
@@ -119,12 +155,25 @@ class FlowCacheReport(Report):
             tables.append(table(head, cells))
         if self.quality:
             cells = [
-                (q.arm, f"{q.skipped:.0%}", _mean(q.psnr, ".1f"), _mean(q.ssim, ".3f"), _mean(q.continued_psnr, ".1f"),
-                 *(q.read[name].cell() if name in q.read else "" for name in ("lawful", "colour", "texture")))
+                (q.arm, f"{q.skipped:.1%}, {q.continued_skipped:.1%}", _mean(q.psnr, ".1f"), _mean(q.ssim, ".3f"),
+                 _mean(q.continued_psnr, ".1f"), _mean(q.continued_ssim, ".3f"),
+                 *(q.read[name].cell() if name in q.read else "" for name in READ))
                 for q in self.quality
             ]  # fmt: skip
-            head = ("arm", "steps reused", "PSNR, dB", "SSIM", "PSNR continued", "lawful", "colour", "texture")
+            head = (
+                "arm", "steps reused, continued", "PSNR, dB", "SSIM", "PSNR continued", "SSIM continued",
+                *(f"{name} (less none)" for name in READ),
+            )  # fmt: skip
             tables.append(table(head, cells))
+        if self.compared:
+            measures = list(dict.fromkeys(c.measure for c in self.compared))
+            rows_ = dict.fromkeys((c.first, c.second) for c in self.compared)
+            found = {(c.first, c.second, c.measure): c.cell() for c in self.compared}
+            cells = [
+                (f"{first} less {second}", *(found.get((first, second, m), "") for m in measures))
+                for first, second in rows_
+            ]
+            tables.append(table((f"paired by seed; *: p < {LEVEL} after Holm, by column", *measures), cells))
         return tables
 
     def pictures(self) -> dict[str, bytes]:
@@ -155,5 +204,25 @@ def draw(report: FlowCacheReport) -> bytes:
     return png(figure, f"FlowCache, {report.caption()}")
 
 
+def known(interval: tuple[float, float]) -> Interval:
+    """None for an interval of nothing."""
+    return None if any(map(math.isnan, interval)) else interval
+
+
 def _mean(values: list[float], form: str) -> str:
-    return f"{np.mean(values):{form}}" if values else ""
+    """With its interval over seeds."""
+    if not values:
+        return ""
+    return f"{np.mean(values):{form}}{_within(known(interval(dict(enumerate([v] for v in values)))), form)}"
+
+
+def _within(ci95: Interval, form: str) -> str:
+    return "" if ci95 is None else f" [{ci95[0]:{form}}, {ci95[1]:{form}}]"
+
+
+def _percent(ci95: Interval) -> Interval:
+    return None if ci95 is None else (100 * ci95[0], 100 * ci95[1])
+
+
+def _gap(gap: float, ci95: Interval, p: float, form: str = "+.0f") -> str:
+    return f"{gap:{form}}{_within(ci95, form)}, p {p:.2g}"

@@ -4,7 +4,8 @@ A policy sees numbers only: how far each chunk in flight has moved since its pre
 is reused is the `carry`:
 
 * "velocity": the last computed velocity, applied over the new step's own change of noise level.
-* "update": the last computed update Δx, unscaled, as published for MAGI-1: where steps grow, it falls short.
+* "update": the last computed change of the latents, Δx, added as it is, as published for MAGI-1: where steps grow, it
+  falls short. The solver (Euler, UniPC) is told that a step went by without a velocity.
 * "residual": what the model's block stack added to its input, per guidance stream; embedding and head are computed
   anew.
 """
@@ -48,8 +49,7 @@ class ReuseState:
     timestep: float | None = None  # of the previous step
     accumulator: float = 0.0
     done: int = 0  # steps decided so far
-    carry: Tensor | None = None  # velocity, or the prediction x0 where a sampler renoises
-    carry_width: float = 0.0  # change of noise level of the step that left the carry
+    carry: Tensor | None = None  # velocity; prediction x0 where a sampler renoises; Δx with the "update" carry
     residuals: dict[str, Tensor] = field(default_factory=dict)  # stream → [B, N, hidden]
     cost: Flops = field(default_factory=Flops)  # of the last computed step
     decisions: list[Decision] = field(default_factory=list)

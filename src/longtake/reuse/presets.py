@@ -43,8 +43,9 @@ PRESETS: dict[str, Preset] = {
     "magi": Preset("latent", 5, "take", "identity", 0.01, 0.015, 0.01, 0.02),
     "skyreels": Preset("timestep", 5, "chunk", "wan2.1-1.3b", 0.10, 0.15, 0.10, 0.15),
     "skyreels-14b": Preset("timestep", 5, "chunk", "wan2.1-14b", 0.10, 0.15, 0.10, 0.15),
-    # 27 and 32 of 50 steps reused, the shares that SkyReels-V2's published FLOPs imply: `longtake bench flowcache`
-    "tiny-skyreels": Preset("timestep", 5, "chunk", "identity", 0.072, 0.115, 0.069, 0.096),
+    # 27 and 32 of 50 steps reused, the shares that SkyReels-V2's published FLOPs imply (TeaCache: as near as its rows
+    # come in a take one window long): the middle of the thresholds that do, found by `longtake bench flowcache`
+    "tiny-skyreels": Preset("timestep", 5, "chunk", "identity", 0.07496, 0.1108, 0.06642, 0.09527),
     # four steps that differ a lot: "slow" may skip one of them, "fast" two; latents are useless where noise is renewed
     "wan": Preset("timestep", 1, "chunk", "identity", 0.35, 0.8, 0.35, 0.8),
 }

@@ -8,13 +8,14 @@ A sampler does, for one row of chunks in flight:
     when a chunk is done:     decisions = run.finish(chunk)
 
 With the "residual" carry it keeps `run.state(chunk).residuals[stream]` instead, and hands it to
-`host.forward_residual`.
+`host.forward_residual`. With the "update" carry (`run.repeats_update`) it hands `run.moved` what a computed step
+changed, and adds `run.update(turn)` in a reused one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ class ReuseRun:
     def carries_residual(self) -> bool:
         return self.active and self.policy.carries() == "residual"
 
+    @property
+    def repeats_update(self) -> bool:
+        return self.active and self.policy.carries() == "update"
+
     def state(self, chunk: int) -> ReuseState:
         return self.states.setdefault(chunk, ReuseState())
 
@@ -76,22 +81,29 @@ class ReuseRun:
 
     def keep(self, turn: Turn, x: Tensor, velocity: Tensor) -> None:
         """A computed step's velocity, guidance included, for the steps that may reuse it."""
-        if not self.active or self.carries_residual:
+        if not self.active or self.carries_residual or self.repeats_update:
             return
         state = self.state(turn.chunk)
-        state.carry_width = turn.next_sigma - turn.sigma
         state.carry = (x.double() - turn.sigma * velocity.double()).float() if self.renoised else velocity
 
+    def moved(self, turn: Turn, change: Tensor) -> None:
+        """What a computed step changed in a chunk's latents, for the steps that may repeat it."""
+        if self.repeats_update:
+            self.state(turn.chunk).carry = change
+
     def carried(self, turn: Turn, x: Tensor) -> Tensor:
-        """The velocity of a reused step from latents x."""
-        state = self.state(turn.chunk)
-        if state.carry is None:
-            raise RuntimeError(f"chunk {turn.chunk} has nothing to reuse")
+        """The velocity of a reused step from latents x; with the "update" carry, the one that would change as much."""
+        carry = self.update(turn)
         if self.renoised:
-            return (x.double() - state.carry.double()) / turn.sigma
-        if self.policy.carries() == "update":
-            return state.carry * (state.carry_width / (turn.next_sigma - turn.sigma))
-        return state.carry
+            return (x.double() - carry.double()) / turn.sigma
+        return carry / (turn.next_sigma - turn.sigma) if self.repeats_update else carry
+
+    def update(self, turn: Turn) -> Tensor:
+        """What is carried over to a reused step, as it is."""
+        carry = self.state(turn.chunk).carry
+        if carry is None:
+            raise RuntimeError(f"chunk {turn.chunk} has nothing to reuse")
+        return carry
 
     def finish(self, chunk: int) -> tuple[Decision, ...]:
         """Forget a chunk; what was decided for it. What belongs to the take goes with the last chunk in flight where
@@ -115,6 +127,25 @@ class ReuseRun:
             state.done += 1
         return decisions
 
+    def ahead(self, rows: Iterable[Sequence[Turn]]) -> list[list[Decision]] | None:
+        """What will be decided for rows to come, from where the take stands now, if that is known: with a metric that
+        holds nothing of the video, or none. Changes nothing."""
+        if self.policy.measure() == "latent":
+            return None
+        play = ReuseRun(self.policy, self.feature, renoised=self.renoised)
+        play.states = {chunk: replace(state) for chunk, state in self.states.items()}
+        play.shared, play._by_timestep = replace(self.shared), self._by_timestep
+        decided = []
+        for turns in rows:
+            states = [play.state(turn.chunk) for turn in turns]
+            changes = play._changes(turns, [torch.empty(0)] * len(turns))
+            decided.append(self.policy.decide(turns, states, changes, play.shared))
+            for turn, state in zip(turns, states, strict=True):
+                state.done += 1
+                if turn.index == turn.steps - 1:
+                    play.finish(turn.chunk)
+        return decided
+
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
@@ -129,7 +160,7 @@ class ReuseRun:
             tensors |= {f"{chunk}/{name}": x for name, x in held.items() if x is not None}
             chunks[str(chunk)] = {
                 "timestep": state.timestep, "accumulator": state.accumulator, "done": state.done,
-                "carry_width": state.carry_width, "cost": astuple(state.cost),
+                "cost": astuple(state.cost),
                 "decisions": [asdict(d) for d in state.decisions],
             }  # fmt: skip
         return tensors, {"chunks": chunks, "accumulator": self.shared.accumulator, "done": self.shared.done}

@@ -50,9 +50,7 @@ class MagiStaggered(Staggered):
         while self._due(self.row):
             self._enter()
         turns = [chunk for chunk in self._denoising() if chunk.step <= self.row - chunk.start]
-        if not self._computed:
-            decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
-            self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
+        self._decide(turns)
         velocities = self._forwards([chunk for chunk in turns if self._computed[chunk.chunk]], clock)
         for chunk in self._done_before():
             self._leave(chunk)

@@ -19,6 +19,9 @@ class Solver(Protocol):
     def step(self, velocity: Tensor, x: Tensor) -> Tensor:
         """The latents at the next level."""
 
+    def skip(self) -> None:
+        """The chunk went to the next level without a velocity. What earlier steps left no longer fits its way."""
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None: ...
@@ -34,6 +37,9 @@ class Euler:
         delta = self.levels[self.index + 1] - self.levels[self.index]
         self.index += 1
         return x + delta * velocity
+
+    def skip(self) -> None:
+        self.index += 1
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"index": self.index}
@@ -53,6 +59,9 @@ class Renoise:
         self.index += 1
         level = self.levels[self.index]
         return x0 if level == 0 else (1 - level) * x0 + level * self.fresh(x0).to(x0)
+
+    def skip(self) -> None:
+        self.index += 1
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"index": self.index}

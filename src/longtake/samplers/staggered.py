@@ -72,6 +72,7 @@ class Staggered(Rollout):
         self.kept: dict[int, tuple[Tensor, float]] | None = {} if keep else None  # block → what a pass writes it from
         self._planned = False
         self._computed: dict[int, bool] = {}  # chunk → whether it is computed in this row
+        self._scored: set[int] = set()  # chunks whose forward in this row the policy scores, if at the "last_forward"
 
     # --- from outside ------------------------------------------------------------------------------------------------
 
@@ -202,9 +203,7 @@ class Staggered(Rollout):
         while self._due(self.row):
             self._enter()
         turns = [chunk for chunk in self.live if chunk.step <= self.row - chunk.start]
-        if not self._computed:
-            decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
-            self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
+        self._decide(turns)
         for chunk in turns:
             self._advance(chunk, clock)
         for chunk in [chunk for chunk in self.live if chunk.step == self.matrix.steps]:
@@ -212,6 +211,31 @@ class Staggered(Rollout):
             self._finish(chunk)
         self._computed = {}
         self.row += 1
+
+    def _decide(self, turns: list[InFlight]) -> None:
+        """Once in a row, before its first step."""
+        if self._computed:
+            return
+        decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
+        self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
+        if self.policy.moment == "last_forward":
+            self._scored = self._last_forwards([chunk for chunk in turns if self._computed[chunk.chunk]])
+
+    def _last_forwards(self, computed: list[InFlight]) -> set[int]:
+        """Of the chunks computed in this row, those whose scores can be the last ones before the table changes: a later
+        forward's take their place, so of a row the last chunk's count (and a chunk's that is adopted within it), and of
+        several rows the last one's in which any is computed. Which that is, is known beforehand without reuse, and
+        where decisions hold nothing of the video; with the "latent" metric every row may be, and is scored: one forward
+        in it, at the cost of one more product of queries and past keys, in fp32."""
+        ends = lambda ahead: any(chunk.step + ahead >= self.matrix.steps - 1 for chunk in self.live)
+        rows: list[list[Turn]] = []
+        while not (ends(len(rows)) or self._due(self.row + len(rows) + 1)):
+            rows.append([self._turn(chunk, len(rows) + 1) for chunk in self.live])
+        later = self.reuse.ahead(rows)
+        if later is not None and any(not decision.reused for row in later for decision in row):
+            return set()
+        adopted = [c for c in computed if self.stagger.commit == "adopt" and c.step == self.matrix.steps - 1]
+        return {chunk.chunk for chunk in (*adopted, *computed[-1:])}
 
     def _due(self, row: int) -> bool:
         open_ = self.until is None or self.frame < self.until
@@ -238,8 +262,8 @@ class Staggered(Rollout):
             return None
         return self.chunk + -(-(self.ends_at - self.frame) // self.geometry.chunk_frames)
 
-    def _turn(self, chunk: InFlight) -> Turn:
-        at, steps = chunk.step, self.matrix.steps
+    def _turn(self, chunk: InFlight, ahead: int = 0) -> Turn:
+        at, steps = chunk.step + ahead, self.matrix.steps
         last = at == steps - 1 and self.ends_at is not None and chunk.frame + chunk.span >= self.ends_at
         return Turn(chunk.chunk, at, steps, self.timesteps[at], self.levels[at], self.levels[at + 1], last)
 
@@ -252,16 +276,23 @@ class Staggered(Rollout):
 
     def _step(self, chunk: InFlight, velocity: Tensor | None, clock: Clock) -> None:
         """Take a chunk's step by the velocity computed for it, or by what it reuses."""
-        turn = self._turn(chunk)
+        turn, reused = self._turn(chunk), velocity is None
         if velocity is None:
             velocity = self._reused(chunk, turn)
             clock.reused += len(self._passes(chunk, turn))
             clock.skipped += self.reuse.state(chunk.chunk).cost
         else:
             self.reuse.keep(turn, chunk.x, velocity)
-        if self.on_step is not None:
-            velocity = self._shown(velocity, chunk, turn)
-        chunk.x = chunk.solver.step(velocity.float(), chunk.x)
+        shown = velocity if self.on_step is None else self._shown(velocity, chunk, turn)
+        if reused and self.reuse.repeats_update:
+            width = turn.next_sigma - turn.sigma
+            after = chunk.x + (self.reuse.update(turn) if shown is velocity else width * shown)
+            chunk.solver.skip()
+        else:
+            after = chunk.solver.step(shown.float(), chunk.x)
+            if not reused:
+                self.reuse.moved(turn, after - chunk.x)
+        chunk.x = after
         chunk.step += 1
         _impose(chunk)
         if chunk.step == self.matrix.steps and not torch.isfinite(chunk.x).all().item():
@@ -323,10 +354,7 @@ class Staggered(Rollout):
             return chunk.step == 0
         if moment == "commit":
             return self.stagger.commit == "adopt" and chunk.step == self.matrix.steps - 1
-        if moment == "last_forward":  # the last ones before the table changes
-            ends = any(live.step >= self.matrix.steps - 1 for live in self.live)
-            return self.reuse.active or ends or self._due(self.row + 1)  # a later forward may be one that is reused
-        return False
+        return moment == "last_forward" and chunk.chunk in self._scored
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
@@ -379,7 +407,7 @@ class Staggered(Rollout):
 
     def forget_plan(self) -> None:
         """What is decided and laid out within a row is so anew."""
-        self._planned, self._computed = False, {}
+        self._planned, self._computed, self._scored = False, {}, set()
 
     def solver(self) -> Solver:
         if self.host.solver == "unipc":

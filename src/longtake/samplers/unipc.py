@@ -43,6 +43,12 @@ class UniPC:
             self.scheduler.last_sample = out
         return out
 
+    def skip(self) -> None:
+        """The next step is of first order again, and nothing is corrected: the outputs of before are of another way."""
+        s = self.scheduler
+        s._step_index = (s.step_index or 0) + 1
+        s.model_outputs, s.last_sample, s.lower_order_nums = [None] * len(s.model_outputs), None, 0
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         s = self.scheduler
         held = {"last": s.last_sample, **{f"output{i}": x for i, x in enumerate(s.model_outputs)}}
