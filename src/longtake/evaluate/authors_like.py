@@ -79,10 +79,15 @@ class AuthorsLike:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K/V and masks between two frames."""
-        held = [t for stream in self.layers.values() for layer in stream for t in (layer.keys, layer.values)]
+        """Bytes held between two frames: K/V, the masks of the frame before, and the prompt's K/V."""
         masks = [stream[0].mask for stream in self.layers.values()]
-        return sum(t.untyped_storage().nbytes() for t in [*held, *(m for m in masks if m is not None)])
+        held = [*self._kv(), *(m for m in masks if m is not None)]
+        return sum(t.untyped_storage().nbytes() for t in held) + sum(text.nbytes for text in self.texts.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of K/V of the tokens in the cache, no mask among them."""
+        return sum(t.nbytes for t in self._kv())
 
     @property
     def tokens(self) -> int:
@@ -104,6 +109,9 @@ class AuthorsLike:
         self._write(codes)
         self.frame += 1
         return codes
+
+    def _kv(self) -> list[Tensor]:
+        return [t for stream in self.layers.values() for layer in stream for t in (layer.keys, layer.values)]
 
     def _write(self, codes: Tensor, given: bool = False) -> None:
         self._masks()

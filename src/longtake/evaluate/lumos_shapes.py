@@ -93,7 +93,7 @@ SHAPES = {
                 layers=8, hidden=384, ffn=1024, heads=3, kv_heads=1, head_dim=128, vocabulary=4208, visual_codes=4080,
                 text_tokens=34, itemsize=4,
             ),
-            "cpu", "float32", 6,
+            "cpu", "float32", 5,
         ),
         LumosBench(
             LumosShape(

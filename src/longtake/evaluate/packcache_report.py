@@ -1,8 +1,10 @@
-"""The answer of `longtake bench packcache`: seconds and bytes per frame of every arm, ratios, and predictions."""
+"""The answer of `longtake bench packcache`: seconds and bytes of every arm, ratios with intervals, and predictions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,32 +18,57 @@ FLAT = 1.05  # most that a packed frame may cost at the end against the first on
 
 
 @dataclass
+class Peak:
+    """Bytes of a take of so many latent frames at its last one: held before it (history, view, masks, prompt; no
+    weights), and the most that is alive besides within it. None: not known, or not reached."""
+
+    latent_frames: int
+    allocated: int | None = None
+    transient: int | None = None
+
+    @property
+    def total(self) -> int | None:
+        return None if self.allocated is None or self.transient is None else self.allocated + self.transient
+
+
+@dataclass
 class ArmRun:
     """One arm, by generated frame: its seconds, had all its forwards taken what its median forward took (they are equal
-    work, and a machine's hiccups are not the arm's); the seconds by the clock; bytes of K/V in use after it, and most
-    bytes allocated during it, spare rows and the view among them (None: not known)."""
+    work, and a machine's hiccups are not the arm's); the seconds by the clock; of these, the counted forwards, how many
+    were made, and the seconds between them; and bytes of K/V in use after it."""
 
     seconds: list[float] = field(default_factory=list)
     clock_seconds: list[float] = field(default_factory=list)
+    forwards: list[list[float]] = field(default_factory=list)
+    forward_counts: list[int] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
     held_bytes: list[int] = field(default_factory=list)
-    peak_bytes: list[int | None] = field(default_factory=list)
+    peaks: list[Peak] = field(default_factory=list)
 
-    @property
-    def peak(self) -> int | None:
-        """Most bytes allocated during any frame."""
-        return max((found for found in self.peak_bytes if found is not None), default=None)
+    def add(self, clock_seconds: float, forwards: Sequence[float], skipped: int = 0) -> None:
+        """A frame; its first `skipped` forwards are not counted."""
+        between = clock_seconds - sum(forwards)
+        self.seconds.append(between + len(forwards) * median(forwards[skipped:]))
+        self.clock_seconds.append(clock_seconds)
+        self.forwards.append(list(forwards[skipped:]))
+        self.forward_counts.append(len(forwards))
+        self.between.append(between)
 
 
 @dataclass
 class Ratio:
     """Seconds of a baseline over those of the packed history: of the whole take of so many pixel frames, and of its
-    last latent frame; `counted` and `predicted` are (whole, last) by FLOPs, and by the timed forwards."""
+    last latent frame, with 95 % intervals; and both by the plain clock. `counted` and `predicted` are (whole, last) by
+    FLOPs, and by the timed forwards."""
 
     pixel_frames: int
     latent_frames: int
     baseline: str
     end_to_end: float
     last_frame: float
+    end_to_end_ci95: tuple[float, float]
+    last_frame_ci95: tuple[float, float]
+    by_clock: tuple[float, float]
     counted: tuple[float, float] | None = None
     predicted: tuple[float, float] | None = None
 
@@ -68,6 +95,8 @@ class PackReport(Report):
         ]  # fmt: skip
         for name, arm in self.arms.items():
             seconds = np.asarray(arm.seconds)
+            if not len(seconds):
+                continue
             if name == own:
                 full = seconds[window:]
                 if len(full) < 4:
@@ -82,9 +111,13 @@ class PackReport(Report):
             elif len(seconds) >= 4:
                 frames = np.arange(len(seconds))
                 r2 = float(np.corrcoef(frames, seconds)[0, 1] ** 2)
+                slope = float(np.polyfit(frames, seconds, 1)[0])
                 rows.append(
-                    Target(f"{name}: cost of a frame grows linearly, R²", f"≥ {LINEAR}", f"{r2:.4f}", r2 >= LINEAR)
-                )
+                    Target(
+                        f"{name}: cost of a frame grows linearly, R² and slope", f"≥ {LINEAR}, > 0 s a frame",
+                        f"{r2:.4f}, {slope:+.4g}", bool(r2 >= LINEAR and slope > 0),
+                    )
+                )  # fmt: skip
         if self.busy:
             note = f"other processes used {self.others_busy['during']:.0%} of the machine during the run"
             rows = [rows[0], *(Target(t.name, t.limit, t.found, None, note) for t in rows[1:])]
@@ -93,42 +126,72 @@ class PackReport(Report):
     def own_lines(self) -> list[str]:
         """The mask-free ratios are the ones that say what packing saves."""
         lines = [
-            f"{'pixel frames':>12} {'baseline':14} {'whole take':>10} {'last frame':>10}   {'counted':13} predicted"
+            f"{'pixel frames':>12} {'baseline':14} {'whole take':>20} {'last frame':>20}   {'by the clock':14} "
+            f"{'counted':13} predicted"
         ]
-        for r in sorted(self.ratios, key=lambda r: r.baseline != "mask-free"):
+        for r in self._sorted():
             lines.append(
-                f"{r.pixel_frames:>12} {r.baseline:14} {r.end_to_end:>10.2f} {r.last_frame:>10.2f}   "
-                f"{_pair(r.counted):13} {_pair(r.predicted)}"
+                f"{r.pixel_frames:>12} {r.baseline:14} {_with(r.end_to_end, r.end_to_end_ci95):>20} "
+                f"{_with(r.last_frame, r.last_frame_ci95):>20}   {_pair(r.by_clock):14} {_pair(r.counted):13} "
+                f"{_pair(r.predicted)}"
             )
         for name, arm in self.arms.items():
-            peak = "peak not known" if arm.peak is None else f"{arm.peak / 1e6:.1f} MB at the peak"
+            if not arm.seconds:
+                continue
+            peaks = ", ".join(f"{_mb(p.total)} at {p.latent_frames} latent frames" for p in arm.peaks)
             lines.append(
                 f"{name}: {sum(arm.seconds):.1f} s ({sum(arm.clock_seconds):.1f} by the clock), "
                 f"{arm.seconds[0]:.3f} → {arm.seconds[-1]:.3f} s a frame, "
-                f"{arm.held_bytes[-1] / 1e6:.1f} MB held at the end, {peak}"
+                f"{arm.held_bytes[-1] / 1e6:.1f} MB of K/V held at the end; peak without weights {peaks}"
             )
+        masks = ", ".join(f"{_mb(b)} at {n} pixel frames" for n, b in self.counts["authors_mask_bytes"].items())
+        lines.append(f"the authors' own mask, tokens × tokens, would take besides while it is built: {masks}")
         if (e := self.calibration["e"]) is not None:
             lines.append(f"an attention FLOP takes {e:.2f} times as long as one of a matrix product here")
         return lines
 
     def own_tables(self) -> list[str]:
-        head = ("pixel frames", "latent frames", "faster than", "whole take", "last frame", "by FLOPs", "by timing")
+        head = ("pixel frames", "latent frames", "faster than", "whole take", "last frame", "by the clock", "by FLOPs",
+                "by timing")  # fmt: skip
         rows = [
-            (str(r.pixel_frames), str(r.latent_frames), r.baseline, f"{r.end_to_end:.2f}", f"{r.last_frame:.2f}",
-             _pair(r.counted), _pair(r.predicted))
-            for r in sorted(self.ratios, key=lambda r: r.baseline != "mask-free")
+            (str(r.pixel_frames), str(r.latent_frames), r.baseline, _with(r.end_to_end, r.end_to_end_ci95),
+             _with(r.last_frame, r.last_frame_ci95), _pair(r.by_clock), _pair(r.counted), _pair(r.predicted))
+            for r in self._sorted()
         ]  # fmt: skip
         arms = [
             (name, f"{sum(arm.seconds):.1f} s", f"{sum(arm.clock_seconds):.1f} s",
-             f"{arm.seconds[0]:.3f} → {arm.seconds[-1]:.3f} s", f"{arm.held_bytes[-1] / 1e6:.1f} MB",
-             "" if arm.peak is None else f"{arm.peak / 1e6:.1f} MB")
-            for name, arm in self.arms.items()
+             f"{arm.seconds[0]:.3f} → {arm.seconds[-1]:.3f} s", f"{arm.held_bytes[-1] / 1e6:.1f} MB")
+            for name, arm in self.arms.items() if arm.seconds
         ]  # fmt: skip
-        columns = ("arm", "whole take", "by the clock", "first → last frame", "K/V held at the end", "most memory")
-        return [table(head, rows), table(columns, arms)]
+        columns = ("arm", "whole take", "by the clock", "first → last frame", "K/V held at the end")
+        return [table(head, rows), table(columns, arms), self._memory()]
+
+    def _memory(self) -> str:
+        """Peak memory of every arm at every length, what is held and what the last frame adds."""
+        masks = self.counts["authors_mask_bytes"]
+        pixels = self.settings["pixel_frames"]
+        rows = []
+        for name, arm in self.arms.items():
+            cells = [f"{_mb(p.total)} ({_mb(p.allocated)} + {_mb(p.transient)})" for p in arm.peaks]
+            rows.append((name, *(cells or ["not reached"] * len(pixels))))
+        rows.append(("the authors' L × L mask, besides", *(_mb(masks[str(n)]) for n in pixels)))
+        weights = _mb(self.counts["weight_bytes"])
+        head = (f"peak memory without the {weights} of weights (held + within a frame)", *map(str, pixels))
+        return table(head, rows)
+
+    def _sorted(self) -> list[Ratio]:
+        return sorted(self.ratios, key=lambda r: r.baseline != "mask-free")
 
     def pictures(self) -> dict[str, bytes]:
         return {"": draw(self)}
+
+
+def _with(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _mb(found: int | None) -> str:
+    return "not known" if found is None else f"{found / 1e6:.1f} MB"
 
 
 def _pair(found: tuple[float, float] | None) -> str:
@@ -143,9 +206,9 @@ def draw(report: PackReport) -> bytes:
         frame = np.arange(1, len(arm.seconds) + 1)
         left.plot(frame, arm.seconds, color=colour, lw=1.5, label=name)
         right.plot(frame, np.asarray(arm.held_bytes) / 1e6, color=colour, lw=1.5, label=name)
-        if all(p is not None for p in arm.peak_bytes):
-            right.plot(frame, np.asarray(arm.peak_bytes, float) / 1e6, color=colour, lw=0.8, ls=":")
+        known = [(p.latent_frames - 1, p.total / 1e6) for p in arm.peaks if p.total is not None]
+        right.plot(*zip(*known, strict=True), "o", color=colour, ms=4) if known else None
     left.set(title="one latent frame", xlabel="latent frame", ylabel="seconds")
-    right.set(title="K/V in use (dotted: allocated at the peak)", xlabel="latent frame", ylabel="MB")
+    right.set(title="K/V in use (dots: peak of a take of that length)", xlabel="latent frame", ylabel="MB")
     from_zero(left, right)
     return png(figure, f"{report.caption()}, {report.settings['steps']} steps")
