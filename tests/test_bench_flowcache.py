@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from longtake.evaluate.flowcache_compared import BOTH, KV, NEITHER, REUSE, compared
 
 from longtake import LongtakeError, Session, load
 from longtake.evaluate import bench_flowcache
 from longtake.evaluate.bench_flowcache import SHAPES
 from longtake.evaluate.flowcache_arms import GIVEN, SKIPPED, Arm, arms, calibrated, skipped
+from longtake.evaluate.flowcache_compared import BOTH, KV, NEITHER, REUSE, compared
 from longtake.evaluate.flowcache_quality import quality
 from longtake.evaluate.flowcache_report import PIPELINE, FlowCacheReport, QualityRow
 from longtake.hosts.base import HostConfig

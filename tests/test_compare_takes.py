@@ -289,7 +289,13 @@ def test_a_file_and_options_say_the_same(model, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("prompt: [a]\nchunks: 2", "no key 'prompt'; a matrix has models, policies"),
+        (
+            "prompt: [a]\nchunks: 2",
+            "no key 'prompt'; a matrix of free takes (with protocols: of the procedural",
+        ),
+        ("protocols: [A]\nprompts: [a]", "no key 'prompts'; a matrix of the procedural world has protocols, models"),
+        ("protocols: [A]\nseeds: [1, 2]", "seeds: [1, 2]; give how many scenes, one for the whole matrix"),
+        ("protocols: [A]\nas_given: 1", "as_given: 1; give true or false"),
         ("prompts: [a]\nchunks: 0", "chunks: 0; give a number of chunks"),
         ("prompts: [a]\nchunks: two", "chunks: 'two'; give a number of chunks"),
         ("prompts: [a]\nchunks: true", "chunks: True; give a number of chunks"),
@@ -311,6 +317,22 @@ def test_a_mistake_in_a_matrix_is_one_line(tmp_path, text, words):
     assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
     assert str(file) in result.stderr or "none.txt" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_with_protocols_is_the_options_it_stands_for(tmp_path):
+    file = tmp_path / "m.yaml"
+    file.write_text(
+        "protocols: [A, B]\nmodels: m\npolicies: [window, 'window:sink=0']\nbudgets: [9]\ncompressors: own\n"
+        "seeds: 2\nframes: 12\nfree: 6\ngaps: [1, 2]\nagainst: window\nas_given: false\n"
+    )
+    assert read_matrix(file) == {
+        "protocol": ["A", "B"], "model": ["m"], "policy": ["window", "window:sink=0"], "budget": [9],
+        "compressor": ["own"], "seeds": 2, "frames": 12, "free": 6, "gap": [1, 2], "against": "window",
+        "as_given": False,
+    }  # fmt: skip
+    file.write_text("protocols: [A]\nframes: 300\n")
+    result = invoke("compare", file, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "--frames 300: give 12 to 200" in result.stderr, "checked as options are"
 
 
 @pytest.mark.parametrize(

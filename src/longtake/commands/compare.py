@@ -6,6 +6,7 @@ import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from .progress import CountProgress
 
 if TYPE_CHECKING:
     from ..evaluate.compare.executor import Executor
+    from ..evaluate.compare.matrix import Matrix
     from ..evaluate.compare.runner import Plan
 
 FEWEST, MOST = 12, 200  # true latent frames
@@ -34,7 +36,8 @@ def compare(
         Path | None,
         typer.Argument(
             metavar="[MATRIX.yaml]",
-            help="Free takes: models × policies × reuse × prompts × seeds × lengths; instead of options.",
+            help="What to compare, instead of options: free takes (models × policies × reuse × prompts × seeds × "
+            "lengths), or with protocols the procedural world.",
         ),
     ] = None,
     model: Annotated[
@@ -167,8 +170,19 @@ def compare(
         "model": model, "policy": policy, "budget": budget, "seeds": seeds, "compressor": compressor,
         "against": against, "as_given": as_given or None,
     }  # fmt: skip
-    takes = matrix is not None or bool(prompt)
-    _check(given, matrix, takes)
+    from ..evaluate.compare.matrix import read_matrix
+
+    written: Matrix | None = None
+    if matrix is not None:
+        if beside := _named(given, given):
+            raise LongtakeError(f"{beside[0]} beside {matrix}: the matrix says it all; write it there, or leave it out")
+        found = read_matrix(matrix)
+        if isinstance(found, dict):
+            given |= found
+        else:
+            written = found
+    takes = written is not None or bool(prompt)
+    _check(given, takes)
     exchange = (export_vbench, import_vbench, export_lpips, import_lpips)
     if not takes and any(exchange):
         raise LongtakeError("VBench and LPIPS are for free takes: give the matrix or the prompts of their comparison")
@@ -186,10 +200,10 @@ def compare(
 
     shell.check_device(device)
     shell.hush()
-    plan = _plan_of_takes(given, matrix, device) if takes else _plan_of_world(given, device)
+    plan = _plan_of_takes(given, written, device) if takes else _plan_of_world(given, device)
     notes: list[str] = []
     todo = cells(plan, notes)
-    known = dict.fromkeys(cell.arm.name for cell in todo if not cell.arm.control)
+    known, against = dict.fromkeys(cell.arm.name for cell in todo if not cell.arm.control), given["against"]
     if against is not None and against not in known:
         raise LongtakeError(f"--against {against}: none of the policies compared, which are {', '.join(known)}")
     store = Store(out)
@@ -246,14 +260,16 @@ def _on_ray(
     return OnRay(connection, count, share, out, classes, shell.hush)
 
 
-def _check(given: dict[str, Any], matrix: Path | None, takes: bool) -> None:
+def _named(given: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the options that were given."""
+    return [f"--{name.replace('_', '-')}" for name in names if given[name] not in (None, [])]
+
+
+def _check(given: dict[str, Any], takes: bool) -> None:
     """Raise LongtakeError for options that do not go together, and for values out of range."""
-    named = lambda names: [f"--{name.replace('_', '-')}" for name in names if given[name] not in (None, [])]
-    if matrix is not None and (beside := named(given)):
-        raise LongtakeError(f"{beside[0]} beside {matrix}: the matrix says it all; write it there, or leave it out")
-    if takes and (beside := named(WORLD_ONLY)):
+    if takes and (beside := _named(given, WORLD_ONLY)):
         raise LongtakeError(f"{beside[0]} is for the procedural world, --prompt for free takes: give one of them")
-    if not takes and (beside := named(TAKES_ONLY)):
+    if not takes and (beside := _named(given, TAKES_ONLY)):
         raise LongtakeError(f"{beside[0]} is for free takes: give --prompt too, or a matrix")
     if given["frames"] is not None and not FEWEST <= given["frames"] <= MOST:
         raise LongtakeError(f"--frames {given['frames']}: give {FEWEST} to {MOST} latent frames")
@@ -291,13 +307,11 @@ def _plan_of_world(given: dict[str, Any], device: str | None) -> Plan:
     )  # fmt: skip
 
 
-def _plan_of_takes(given: dict[str, Any], file: Path | None, device: str | None) -> Plan:
-    from ..evaluate.compare.matrix import Matrix, read_matrix
+def _plan_of_takes(given: dict[str, Any], matrix: Matrix | None, device: str | None) -> Plan:
+    from ..evaluate.compare.matrix import Matrix
     from ..evaluate.compare.runner import Plan
 
-    if file is not None:
-        matrix = read_matrix(file)
-    else:
+    if matrix is None:
         height, width = shell.parse_size(given["size"])
         many = lambda name: tuple(dict.fromkeys(given[name] or ()))
         matrix = Matrix(

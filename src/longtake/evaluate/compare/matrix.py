@@ -1,4 +1,4 @@
-"""What a comparison of free takes is made of, from a YAML file or from options:
+"""What a comparison is made of, from a YAML file or from options. Of free takes:
 
 models: [tiny-shapes]
 policies: [full, window, "window:frames=9,sink=0"]
@@ -11,6 +11,20 @@ size: 832x480
 steps: 4
 guidance: 1
 negative: blurred
+
+With `protocols`, of the procedural world:
+
+protocols: [A, B]
+models: [tiny-wan, tiny-wan-long]
+policies: [window, packforcing]  # none: every policy that has a name
+budgets: [9, 12, 21]
+compressors: [own, low-resolution]
+seeds: 32                        # scenes
+frames: 120
+free: 504
+gaps: [1, 2, 4]
+against: window
+as_given: false
 """
 
 from __future__ import annotations
@@ -56,9 +70,10 @@ class Matrix:
             raise LongtakeError("seeds and reuse: give at least one of each, as in seeds: 1 and reuse: [none]")
 
 
-def read_matrix(path: Path) -> Matrix:
-    """The matrix of a YAML file. Raises LongtakeError, in one line, for a file that cannot be read, a key that is not
-    known, and a value of another kind."""
+def read_matrix(path: Path) -> Matrix | dict[str, Any]:
+    """The matrix of a YAML file; or, if it has protocols, the options of `longtake compare` that it stands for, by
+    name. Raises LongtakeError, in one line, for a file that cannot be read, a key that is not known, and a value of
+    another kind."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -72,14 +87,20 @@ def read_matrix(path: Path) -> Matrix:
         raise LongtakeError(f"{path}{where}: {problem}; see `longtake compare --help`") from error
     if not isinstance(content, dict):
         raise LongtakeError(f"{path}: a matrix has keys and values ({', '.join(_KEYS)})")
-    if unknown := [str(key) for key in content if key not in _KEYS]:
-        raise LongtakeError(f"{path}: no key {unknown[0]!r}; a matrix has {', '.join(_KEYS)}")
+    world = "protocols" in content
+    keys = _WORLD if world else _KEYS
+    if unknown := [str(key) for key in content if key not in keys]:
+        raise LongtakeError(f"{path}: no key {unknown[0]!r}; a matrix {_OF[world]} has {', '.join(keys)}")
     found: dict[str, Any] = {}
     for key, value in content.items():
         try:
-            found |= _KEYS[key](key, value, path)
+            found |= keys[key](key, value, path)
         except LongtakeError as error:
             raise LongtakeError(f"{path}: {error}") from error
+    if world:
+        return {
+            _OPTIONS.get(key, key): list(value) if isinstance(value, tuple) else value for key, value in found.items()
+        }
     try:
         return Matrix(**found)
     except LongtakeError as error:
@@ -158,4 +179,17 @@ _KEYS: dict[str, Callable[[str, Any, Path], dict[str, Any]]] = {
     "budgets": _many(int, "a number of latent frames", 1), "reuse": _specs, "prompts": _prompts, "seeds": _seeds,
     "seconds": _many(float, "seconds above 0", 1e-3), "chunks": _many(int, "a number of chunks", 1), "size": _size,
     "steps": _one(int, "a number of steps", 1), "guidance": _one(float, "a number", 0.0), "negative": _one(str, "text"),
+}  # fmt: skip
+
+_OF = {False: "of free takes (with protocols: of the procedural world)", True: "of the procedural world"}
+_OPTIONS = {
+    "protocols": "protocol", "models": "model", "policies": "policy", "budgets": "budget", "gaps": "gap",
+    "compressors": "compressor",
+}  # fmt: skip
+_WORLD: dict[str, Callable[[str, Any, Path], dict[str, Any]]] = {
+    "protocols": _many(str, "A or B"), "models": _KEYS["models"], "policies": _specs, "budgets": _KEYS["budgets"],
+    "compressors": _many(str, "own, a compressor's name or folder"), "seeds": _one(int, "how many scenes", 1),
+    "frames": _one(int, "a number of latent frames", 1), "free": _one(int, "a number of latent frames", 1),
+    "gaps": _many(int, "a number of latent frames", 1), "against": _one(str, "one of the policies"),
+    "as_given": _one(bool, "true or false"),
 }  # fmt: skip
