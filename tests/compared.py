@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,20 @@ def estimate(mean: float, n: int = 40) -> dict[str, Any]:
     return {"n": n, "mean": mean, "ci95": [mean - 0.05, mean + 0.05]}
 
 
-def world() -> dict[str, Any]:
-    """A table of protocol A: the truth, full history, and a window at two budgets, as `summarise` makes it."""
+def films(folder: Path) -> list[str]:
+    """Keys of the cells of a world, whose videos it puts into `folder`."""
+    keys = [f"{number:016d}" for number in range(1000, 1004)]
+    for shade, key in enumerate(keys):
+        own = folder / "cells" / key
+        own.mkdir(parents=True)
+        with longtake.Mp4Writer(own / "take.mp4", FPS, SIDE, SIDE) as video:
+            video.write(np.full((FRAMES, SIDE, SIDE, 3), 60 + 40 * shade, np.uint8))
+    return keys
+
+
+def world(keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A table of protocol A: the truth, full history, and a window at two budgets, as `summarise` makes it; `keys` are
+    of the cells of its first scene."""
     row = lambda name, control, budget, recall: {
         "arm": name if budget is None else f"{name} @ {budget} KiB", "name": name, "control": control, "budget": budget,
         "policy": None, "events": 300, "seeds": 4, "recall_colour": estimate(recall), "recall_texture": NO,
@@ -133,6 +146,8 @@ def world() -> dict[str, Any]:
         row("window", "", 9, 0.3),
         row("window", "", 21, 0.6),
     ]
+    for made, key in zip(rows, keys, strict=False):
+        made |= {"cells": {"0": key}, "fps": FPS, "chunk_seconds": 0.5}
     rows[2]["against_full"] = {"other": "full", "difference": -0.5, "ci95": [-0.6, -0.4], "p_holm": 0.001}
     table = {
         "model": "tiny",

@@ -10,7 +10,7 @@ import pytest
 
 from longtake.evaluate import report
 from longtake.evaluate.report.files import BLOCKS, POINTS, read_take, thin
-from tests.compared import ARMS, EVIL, FRAMES, NO, made, world
+from tests.compared import ARMS, EVIL, FRAMES, NO, films, made, world
 
 
 def data(page: str, name: str):
@@ -106,6 +106,15 @@ def test_decisions_and_sight_are_there_where_they_were_made(page):
     assert page.count("id='decisions-") == 2 and page.count("id='sight-") == 2 * len(ARMS)
     assert data(page, f"decisions-{6:016x}")[1] == [0, 1, 1, 0.1, 0.1, 899.0, "still"]
     assert data(page, f"sight-{2:016x}")["chunks"][5]["blocks"][0]["frame"] == 9
+
+
+def test_a_world_whose_cells_kept_no_video_has_no_player(tmp_path):
+    assert "world-0-films-data" not in report.page(world(), tmp_path)
+    keys = films(tmp_path)
+    text = report.page(world(keys), tmp_path)
+    assert "All 4 videos are inside this file" in text
+    shown = data(text, "world-0-films-data")
+    assert shown["rows"][0]["arm"] == "truth" and list(shown["takes"]) == keys
 
 
 def test_the_world_has_its_tables_and_its_chance():

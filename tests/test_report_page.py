@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from longtake.evaluate import report
-from tests.compared import EVIL, FPS, FRAMES, made, world
+from tests.compared import EVIL, FPS, FRAMES, films, made, world
 from tests.test_serve_page import AUDIT
 
 WIDE = """() => [...document.querySelectorAll("body *")]
@@ -223,3 +223,17 @@ def test_the_page_fits_a_phone_and_paper(browser, file):
         page.get_by_role("button", name="Pause").wait_for()
         page.emulate_media(media="print")
         assert page.locator(".deck button.main").is_hidden() and page.locator("#takes-0-quality").is_visible()
+
+
+def test_videos_of_the_world_stand_side_by_side_the_truth_first(browser, tmp_path):
+    (tmp_path / "report.html").write_text(report.page(world(films(tmp_path)), tmp_path))
+    with opened(browser, tmp_path / "report.html") as page:
+        part = page.locator("[data-view=player]")
+        expect(part.locator("video")).to_have_count(4)
+        expect(part.locator("figcaption").first).to_have_text("truth")
+        part.get_by_role("button", name="One frame on").click()
+        expect(part.locator("output.time")).to_contain_text(f"frame 2 of {FRAMES}")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('video')].every((v) => v.readyState >= 2 && !v.seeking)"
+        )
+        assert part.locator("video").evaluate_all(LIGHT) == pytest.approx([60, 100, 140, 180], abs=8)

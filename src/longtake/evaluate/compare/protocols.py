@@ -103,6 +103,8 @@ def run(arm: Arm, footage: Footage, setting: Setting, folder: Path | None = None
     generates is kept in `folder`."""
     made = Made(footage.host.geometry(lanes.SIZE, lanes.SIZE).fps)
     cell = (teacher_forced if setting.protocol == "A" else free_run)(arm, footage, setting, made)
+    seconds = [chunk["seconds"] for chunk in made.chunks]
+    cell |= {"fps": made.fps, "chunk_seconds": float(np.median(seconds)) if seconds else None}
     if folder is not None:
         made.write(folder)
     return cell

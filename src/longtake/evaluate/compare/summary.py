@@ -16,6 +16,7 @@ from .statistics import Hits, holm, interval, mean, paired
 
 CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
 TRUE_ENOUGH = 0.95
+SHOWN = 2  # scenes whose videos are shown
 FULL, WINDOWS = "full", ("window:positions=slots", "window")  # what others are tested against; the first that is there
 
 
@@ -36,7 +37,7 @@ def summarise(
     for (model, protocol), by_arm in groups.items():
         make = _teacher_forced if protocol == "A" else _free
         rows = [
-            {"arm": label, **arms[model, label], **make(found, training_frames[model])}
+            {"arm": label, **arms[model, label], **make(found, training_frames[model]), **_shown(found)}
             for label, found in by_arm.items()
         ]
         _differences(rows, by_arm, protocol, against)
@@ -88,12 +89,22 @@ def _free(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
 
 def _cost(found: list[dict[str, Any]]) -> dict[str, Any]:
     largest: Callable[[Iterable[int]], int] = lambda values: max(values, default=0)
+    chunks = [cell["outcome"].get("chunk_seconds") for cell in found]
+    known = [seconds for seconds in chunks if seconds is not None]
     return {
+        "chunk_seconds": round(float(np.median(known)), 5) if known else None,
         "attended_tokens": largest(cell["outcome"]["attended_tokens"] for cell in found),
         "device_bytes": largest(cell["outcome"]["bytes"].get("device", 0) for cell in found),
         "total_bytes": largest(cell["outcome"]["bytes"].get("total", 0) for cell in found),
         "seconds_per_cell": round(float(np.median([cell["origin"]["seconds"] for cell in found])), 2),
     }
+
+
+def _shown(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cells of the first scenes, whose videos a report may show."""
+    first = sorted((cell for cell in found if cell["outcome"].get("files")), key=lambda cell: cell["seed"])[:SHOWN]
+    fps = first[0]["outcome"]["fps"] if first else None
+    return {"cells": {str(cell["seed"]): cell["key"] for cell in first}, "fps": fps}
 
 
 def estimate(hits: Hits) -> dict[str, Any]:

@@ -22,9 +22,9 @@ SCRIPTS = (
 def page(summary: dict[str, Any], store_folder: Path | None = None, video_bytes: int = CAP) -> str:
     """The report as HTML.
 
-    summary: what `longtake compare` prints with --json. store_folder: the folder that holds `cells`, where free takes
-    left their files; without it the page has tables and trade-offs only, and says so. video_bytes: so much MP4 goes
-    into the page at most; what is beyond is linked. Missing and damaged files are named on the page, never an error.
+    summary: what `longtake compare` prints with --json. store_folder: the folder that holds `cells` with their files;
+    without it the page has tables and trade-offs only, and says so. video_bytes: so much MP4 goes into the page at
+    most; what is beyond is linked. Missing and damaged files are named on the page, never an error.
     """
     videos = Videos(video_bytes)
     sections, data, names = [], [], []
@@ -35,9 +35,9 @@ def page(summary: dict[str, Any], store_folder: Path | None = None, video_bytes:
         data += parts
         names.append((f"takes-{number}", takes.title(table)))
     for number, table in enumerate(summary.get("tables") or ()):
-        markup, part = world.section(number, table)
+        markup, parts = world.section(number, table, store_folder, videos)
         sections.append(markup)
-        data.append(part)
+        data += parts
         names.append((f"world-{number}", f"{table['model']}, protocol {table['protocol']}"))
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
@@ -79,7 +79,7 @@ def _header(summary: dict[str, Any], videos: Videos, names: list[tuple[str, str]
         )  # fmt: skip
         state = f"<p class={'good' if whole else 'warn'} role=status>{text}</p>"
     contents = "".join(f"<li><a href='#{anchor}'>{escape(text)}</a></li>" for anchor, text in names)
-    clips = f"<p class=small>{videos.sentence()}</p>" if summary.get("takes") else ""
+    clips = f"<p class=small>{videos.sentence()}</p>" if summary.get("takes") or videos.embedded + videos.linked else ""
     return (
         f"<header><h1>longtake compare</h1><p class=small>{escape(_origin(summary))}</p>"
         f"<pre tabindex=0 aria-label='The command'><code>{escape(summary.get('command', ''))}</code></pre>"

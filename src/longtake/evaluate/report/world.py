@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ...zoo import lanes
+from .files import Take
 from .table import Column, axis, table
 from .text import escape, is_estimate, number, packed, view
+from .videos import Videos
 
 ENOUGH = 256  # events of an arm, for a figure to be leant on
 RARE = 5  # events at a gap, for a point to be drawn
@@ -28,6 +32,7 @@ COLUMNS = {
     ),
 }  # fmt: skip
 COSTS = (
+    Column("chunk_seconds", "seconds a chunk", "lower", 1, "by the clock of whoever made the cells, decoder left out"),
     Column("attended_tokens", "tokens attended, at most", "lower"),
     Column("device_bytes", "MiB on the device", "lower", 2**-20),
     Column("total_bytes", "MiB in all", "lower", 2**-20, "archives in host memory included"),
@@ -36,12 +41,17 @@ MEANING = {
     "A": "Protocol A: true frames are committed under the policy; two chunks follow, from the same noise for all.",
     "B": "Protocol B: a free run after a short true beginning, many times as long as a training clip.",
 }
+WATCHED = {
+    "A": "What was generated, one probe's chunks after another, of the first scenes. The truth is the first video.",
+    "B": "The free run of the first scenes. The truth is the first video.",
+}
 PICTURES = ("truth", "frozen", "loop")  # controls that no model makes, and no cost belongs to
 
 
-def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
-    """Markup of a table, and the data of its charts."""
+def section(number_: int, found: dict[str, Any], folder: Path | None, videos: Videos) -> tuple[str, list[str]]:
+    """Markup of a table, and the parts of the page that hold the data of its charts and of the videos in `folder`."""
     name, rows, protocol = f"world-{number_}", found["rows"], found["protocol"]
+    shown = _videos(rows, folder, videos)
     few = min((row["events"] for row in rows if row["name"] not in ("frozen", "loop")), default=0)
     warning = (
         f"<p class=warn>Only {few} events in a row: too few to lean on (of {ENOUGH} and more, the order of arms "
@@ -66,11 +76,38 @@ def section(number_: int, found: dict[str, Any]) -> tuple[str, str]:
         f"{chance['texture']:.3f}. {escape(_admission(found['admitted']))}</p>{warning}"
         f"<h3>Recall and its price</h3>{view(name, 'tradeoff')}{view(name, 'key')}"
         + (f"<h3>Recall over the gap</h3>{view(name, 'gaps')}" if protocol == "A" else "")
+        + (f"<h3>Side by side</h3><p>{WATCHED[protocol]}</p>{view(f'{name}-films', 'player')}" if shown else "")
         + "<h3>All numbers</h3>"
         + table(f"{name}-table", "Every arm, controls first.", rows, columns, _versus)
         + "</section>"
     )
-    return markup, packed(f"{name}-data", _charts(found))
+    films = [packed(f"{name}-films-data", shown)] if shown else []
+    return markup, [packed(f"{name}-data", _charts(found)), *films]
+
+
+def _videos(rows: list[dict[str, Any]], folder: Path | None, videos: Videos) -> dict[str, Any]:
+    """What the player has to know of the videos of the first scenes; nothing if there are none."""
+    groups: dict[str, list[Take]] = {}
+    for row in rows if folder is not None else ():
+        for seed, key in (row.get("cells") or {}).items():
+            path = Path(folder or "") / "cells" / key / "take.mp4"
+            if path.is_file():
+                groups.setdefault(seed, []).append(Take(key, f"scene {seed}", int(seed), path))
+    told = videos.add(groups.values())
+    if not told:
+        return {}
+    takes = {
+        take.key: {"prompt": take.prompt, "seed": take.seed, "curves": {}, "video": told[take.key], "wrong": []}
+        for group in groups.values()
+        for take in group
+    }
+    films = [
+        {"arm": row["arm"], "name": row["name"], "variant": "", "budget": row["budget"], "control": row["control"],
+         "takes": list((row.get("cells") or {}).values())}
+        for row in rows
+    ]  # fmt: skip
+    fps = next(row["fps"] for row in rows if row.get("fps"))
+    return {"fps": fps, "height": lanes.SIZE, "rows": films, "takes": takes}
 
 
 def _charts(found: dict[str, Any]) -> dict[str, Any]:
