@@ -114,6 +114,35 @@ def test_a_killed_driver_loses_what_was_in_flight_and_nothing_is_made_twice(ray,
     until(lambda: not working("ray::Maker"))  # Ray ends the workers of a driver that is gone
 
 
+def test_a_comparison_whose_worker_is_killed_makes_every_cell_once(ray, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "longtake", "compare", "-o", str(out), "-p", "window", "--prompt", PROMPT]
+    line += [
+        "--chunks",
+        "2",
+        "--seeds",
+        "4",
+        "--reuse",
+        "none",
+        "--reuse",
+        "flowcache:slow",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*line, "--ray-address", address, "--workers", "1"], env=environment) as driver:
+        kill_one("ray::Worker.do")
+        assert driver.wait(300) == 0
+    answer = json.loads((out / "summary.json").read_text())
+    assert answer["finished"] == answer["cells"] == 8 and answer["notes"] == []
+    cells = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+    assert len(cells) == 8 and not list((out / "cells").glob(".*")), "nothing half-made is left"
+    assert subprocess.run(line, env=environment, timeout=300).returncode == 0
+    assert cells == {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}, "and none made again"
+
+
 def test_a_worker_that_shares_no_disk_sends_its_take(tmp_path):
     job = read_lines(write(tmp_path / "p.jsonl", BALL), {})[0].job
     maker = Maker("cpu")
