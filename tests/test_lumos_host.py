@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -369,6 +371,24 @@ def test_the_command_line_makes_a_video_of_text_and_of_an_image(folder, tmp_path
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert out.exists() and (report["frames"], report["chunks"], report["forwards"]) == (9, 3, 3 * 2 * 3 + 2 * 2)
+    picture, codes = tmp_path / "first.png", tmp_path / "codes.safetensors"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    run = CliRunner().invoke(app, [
+        "generate", "red kite", "--model", str(folder), "--chunks", "3", "-o", str(out), "--image", str(picture),
+        "--steps", "3", "--device", "cpu", "--latents", str(codes), "--json",
+    ])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert (report["frames"], report["chunks"]) == (1 + 3 * 4, 3)  # the image is a frame beside the chunks
+    host = longtake.load(folder, device="cpu")
+    given = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    twin = Session(host, prompt="red kite", image=given, chunks=3, num_inference_steps=3, decode=False)
+    made = torch.cat([next(twin).latents for _ in range(3)], 1)
+    told = load_file(codes)["latents"][-3:]  # [F, C, h, w]
+    assert torch.equal(told, made.transpose(0, 1).float())
+    alone = Session(host, prompt="red kite", chunks=3, num_inference_steps=3, decode=False)
+    assert not torch.equal(told, torch.cat([next(alone).latents for _ in range(3)], 1).transpose(0, 1).float())
     run = CliRunner().invoke(app, [
         "generate", "red kite", "--model", "tiny-wan", "--compat", "upstream", "-o", str(out), "--chunks", "1",
     ])  # fmt: skip
