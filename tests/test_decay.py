@@ -352,7 +352,7 @@ def test_true_pasts_are_committed_and_only_the_next_chunk_is_watched():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--past false", "--past false"),
+        ("--past false", "--past 'false': use one of true, own"),
         ("--model tiny-wan --past true --prompt x", "leave --prompt and --size out"),
         ("--past true", "tiny-shapes is of no world whose truth is known"),
         ("--chunks 0", "--chunks 0: give at least 1"),
