@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import longtake
 from longtake import FullHistory, LongtakeError, PackCache, Session
 from longtake.attention import logits
 from longtake.cli import app
 from longtake.evaluate.attention_mass import ChunkMass, MassProbe, Segment, heat_rows, sample
-from longtake.evaluate.decay import DecayReport, fit, measure
+from longtake.evaluate.canvas import canvas
+from longtake.evaluate.compare.cells import fingerprint
+from longtake.evaluate.compare.footage import Footage
+from longtake.evaluate.decay import DecayReport, fit, measure, measure_truth
+from longtake.evaluate.decay_figures import draw_fit, fit_figure
+from longtake.evaluate.decay_note import with_decay, without_decay
+from longtake.hosts.base import HostConfig
+from longtake.hosts.loading import embedded
+from longtake.zoo import lanes
 
 from .tiny import text, tiny_wan
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
@@ -201,6 +215,26 @@ def test_measuring_a_host_gives_masses_fits_and_figures(tmp_path):
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in written[1:])
 
 
+def test_the_figure_shows_what_was_measured_the_fitted_line_and_the_budget_over_it():
+    report = made_up(0.62)
+    figure, (left, right) = canvas(9, 3.6, 1, 2)
+    draw_fit(report, left, right)
+    lines = {line.get_label(): line for line in left.get_lines()}
+    ages = np.arange(1, 6)
+    measured, fitted = lines["measured, mean of layers"], lines["ρ = 0.620, R² = 1.000"]
+    assert np.allclose(measured.get_xdata(), ages) and np.allclose(measured.get_ydata(), 0.4 * 0.62**ages)
+    assert np.allclose(fitted.get_xdata(), ages) and np.allclose(fitted.get_ydata(), 0.4 * 0.62**ages)
+    total = (0.4 * 0.62**ages).sum()
+    paper, own = lines["budget, rho 0.5"], lines["budget, rho 0.62"]
+    assert np.allclose(paper.get_ydata(), total * np.array([0.5, 0.25, 0.125, 0.125]))
+    shares = 0.62**ages / (0.62**ages).sum()
+    assert np.allclose(own.get_xdata(), ages) and np.allclose(own.get_ydata(), total * shares)
+    assert [t.get_text() for t in left.get_legend().get_texts()] == [name for name in lines if not name.startswith("_")]
+    dots, rule = right.get_lines()
+    assert np.allclose(dots.get_xdata(), [0.62, 0.62]) and np.allclose(rule.get_xdata(), [0.62, 0.62])
+    assert fit_figure(report)[:4] == b"\x89PNG" and figure.axes == [left, right]
+
+
 def test_a_policy_whose_heads_see_different_keys_is_refused():
     from longtake import Choose, KVPolicy, Plan
 
@@ -236,9 +270,91 @@ def test_the_command_measures_the_embedded_model(tmp_path):
     ]  # fmt: skip
 
 
+def test_saving_puts_rho_into_the_models_description_and_changes_nothing_else(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(embedded()["tiny-shapes"], folder)
+    home = folder / "longtake.json"
+    home.write_text(without_decay(home.read_text()))
+    before, known, files = home.read_text(), fingerprint(folder), {p: p.stat().st_mtime_ns for p in _files(folder)}
+    with pytest.raises(LongtakeError, match="rho=auto needs the model's measured decay"):
+        Session(longtake.load(folder, device="cpu"), PackCache(rho="auto"), prompt="x", decode=False)
+    monkeypatch.setattr("longtake.evaluate.decay.measure", lambda *args, **options: made_up(0.62))
+    asked = ["analyze", "decay", "--model", str(folder), "--out", str(tmp_path / "out"), "--save"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0 and str(home) in result.stderr, result.stderr
+    assert json.loads(home.read_text()) == json.loads(before) | {"decay": 0.62}
+    assert {p for p in _files(folder) if p.stat().st_mtime_ns != files[p]} == {home}
+    assert fingerprint(folder) == known and without_decay(home.read_text()) == before
+    take = Session(longtake.load(folder, device="cpu"), PackCache(rho="auto"), prompt="x", decode=False)
+    assert take.policy.rho == 0.62
+    monkeypatch.setattr("longtake.evaluate.decay.measure", lambda *args, **options: made_up(0.4))
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert json.loads(home.read_text())["decay"] == 0.4 and fingerprint(folder) == known
+    monkeypatch.setattr("longtake.evaluate.decay.measure", lambda *args, **options: made_up(1.1))
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2 and "attention does not decay here" in result.stderr
+    assert json.loads(home.read_text())["decay"] == 0.4
+
+
+def _files(folder):
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("text", "noted"),
+    [
+        ('{\n  "a": 1\n}\n', '{\n  "a": 1,\n  "decay": 0.83\n}\n'),
+        ('{"a": "the \\"decay\\": 1"}', '{"a": "the \\"decay\\": 1",\n  "decay": 0.83\n}'),
+        ('{\n  "decay": null,\n  "a": [1]\n}', '{\n  "decay": 0.83,\n  "a": [1]\n}'),
+    ],
+)
+def test_a_note_of_decay_goes_in_and_out_without_a_trace(text, noted):
+    found = with_decay(text, 0.83)
+    assert found == noted and json.loads(found)["decay"] == 0.83
+    assert with_decay(found, 0.5) == noted.replace("0.83", "0.5")
+    assert json.loads(without_decay(found)) == json.loads(text)
+    if not text.endswith('1"}'):  # a description all on one line is known by another text, the same ever after
+        assert without_decay(found) == text
+    assert without_decay(with_decay(found, 0.5)) == without_decay(found)
+
+
+@pytest.mark.parametrize("name", ["tiny-shapes", "tiny-wan", "tiny-wan-long"])
+def test_rho_auto_works_on_the_embedded_models_whose_weights_are_known_as_before(name):
+    folder = embedded()[name]
+    assert 0 < HostConfig.read(folder).decay < 1
+    assert fingerprint(folder) == {
+        "tiny-shapes": "e99b3d3d852982ac", "tiny-wan": "62ca21767431dee4", "tiny-wan-long": "461879bf3cc17117",
+    }[name]  # fmt: skip
+    told = json.loads((BENCHMARKS / "decay" / name / "decay.json").read_text())
+    assert HostConfig.read(folder).decay == round(told["rho"], 4)
+    assert {take["past"] for take in told["takes"]} == {"own" if name == "tiny-shapes" else "true"}
+
+
+def test_true_pasts_are_committed_and_only_the_next_chunk_is_watched():
+    host = longtake.load("tiny-wan", device="cpu")
+    host.config = replace(host.config, timesteps=(1000, 500))
+    report = measure_truth(host, seeds=[3], chunks=3, queries=8, heat_layers=[0])
+    assert [c.frame for c in report.chunks] == [3, 6] and report.takes[0]["past"] == "true"
+    assert report.by_age()[0].tolist() == [1, 2, 3, 4, 5, 6] and len(report.heat) == 1
+    footage = Footage(host, 3, 9, lanes.GAPS)
+    take = Session(
+        host, FullHistory(), prompt=footage.scene.caption, seed=3, height=128, width=128, decode=False, chunks=3
+    )
+    take.extend(footage.latents(9)[:, :, :6])
+    with MassProbe(take.history, queries=8).watching() as probe:
+        take.noise = take.sampler.noise([torch.Generator().manual_seed(3)])
+        next(take)
+    assert np.allclose(probe.chunks[0].array(), report.chunks[1].array(), atol=1e-6)
+    with pytest.raises(LongtakeError, match="is of no world whose truth is known"):
+        measure_truth(tiny_wan())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--past false", "--past 'false': use one of true, own"),
+        ("--model tiny-wan --past true --prompt x", "leave --prompt and --size out"),
+        ("--past true", "tiny-shapes is of no world whose truth is known"),
         ("--chunks 0", "--chunks 0: give at least 1"),
         ("--anchors -1", "--anchors -1: give 0 or more"),
         ("--model nowhere --save", "--save writes into longtake.json of a model folder"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import longtake
 from longtake import FullHistory, LongtakeError, PackCache, Session, SlidingWindow
 from longtake.cli import app
+from longtake.commands.generate import say_long_text
 from longtake.hosts.lumos import Lumos, LumosConfig, LumosForVideoGeneration, LumosGeometry, Vocabulary
 from longtake.hosts.lumos.host import PromptLayer
 from longtake.hosts.lumos.loading import published
@@ -369,10 +372,51 @@ def test_the_command_line_makes_a_video_of_text_and_of_an_image(folder, tmp_path
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert out.exists() and (report["frames"], report["chunks"], report["forwards"]) == (9, 3, 3 * 2 * 3 + 2 * 2)
+    # frames of 36 content tokens and 4 structural ones; the third is the last and was not written
+    assert report["slots"] == [{"frame": 0, "tokens": 18 + 4}, {"frame": 1, "tokens": 18 + 4}]
+    assert "warning: the prompt's" in run.stderr
+    picture, codes = tmp_path / "first.png", tmp_path / "codes.safetensors"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    run = CliRunner().invoke(app, [
+        "generate", "red kite", "--model", str(folder), "--chunks", "3", "-o", str(out), "--image", str(picture),
+        "--steps", "3", "--device", "cpu", "--latents", str(codes), "--json",
+    ])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert (report["frames"], report["chunks"]) == (1 + 3 * 4, 3)  # the image is a frame beside the chunks
+    host = longtake.load(folder, device="cpu")
+    given = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    twin = Session(host, prompt="red kite", image=given, chunks=3, num_inference_steps=3, decode=False)
+    made = torch.cat([next(twin).latents for _ in range(3)], 1)
+    told = load_file(codes)["latents"][-3:]  # [F, C, h, w]
+    assert torch.equal(told, made.transpose(0, 1).float())
+    alone = Session(host, prompt="red kite", chunks=3, num_inference_steps=3, decode=False)
+    assert not torch.equal(told, torch.cat([next(alone).latents for _ in range(3)], 1).transpose(0, 1).float())
     run = CliRunner().invoke(app, [
         "generate", "red kite", "--model", "tiny-wan", "--compat", "upstream", "-o", str(out), "--chunks", "1",
     ])  # fmt: skip
     assert run.exit_code == 2 and "--compat upstream: it is for Lumos-1 models" in run.output
+
+
+def test_a_prompt_longer_than_a_tenth_of_a_packed_history_is_pointed_out(capsys):
+    host = tiny_lumos(codec=False)
+    content = host.geometry().grid[0] * host.geometry().grid[1]
+
+    def said(policy, image: int = 0) -> str:
+        given = torch.zeros(3, 32, 64) if image else None
+        host.codec = tiny_codec() if image else None
+        take = Session(host, policy, prompt="red kite", image=given, decode=False)
+        say_long_text(take, image)
+        return capsys.readouterr().err
+
+    text = Session(host, FullHistory(), prompt="red kite", decode=False).history.shape.anchor_tokens
+    exact = 10 * text / content  # the prompt is a tenth of the history's tokens
+    for image in (0, 1):
+        assert said(PackCache(history_frames=exact + 0.1, max_frames=20), image) == ""
+        found = said(PackCache(history_frames=exact - 0.1, max_frames=20), image)
+        assert f"warning: the prompt's {text} tokens stay whole beside a history of" in found
+    assert said(FullHistory()) == ""
 
 
 def test_the_published_vocabulary_holds_the_published_ids():

@@ -150,12 +150,21 @@ def test_scores_are_made_of_visual_codes_at_masked_places_only():
     assert made == [(1, rows, host.codes) for rows in masked_rows]
 
 
-def test_rows_may_be_scored_in_blocks(monkeypatch):
-    whole = next(take(seed=2)).latents
+def test_scoring_rows_in_blocks_gives_the_codes_of_scoring_them_at_once(monkeypatch):
+    made = []
+
+    def frames():
+        host = tiny_lumos(codec=False)
+        logits, session = host.logits, take(host, seed=2)
+        host.logits = lambda hidden: made.append(hidden.shape[1]) or logits(hidden)
+        return torch.stack([next(session).latents for _ in range(2)])
+
+    whole, at_once = frames(), made.copy()
+    made.clear()
     monkeypatch.setattr(masked, "BLOCK_ELEMENTS", 64 * 7)  # seven rows at a time
-    assert whole.shape == (1, 1, 4, 8)
-    blocks = next(take(seed=2)).latents
-    assert blocks.shape == whole.shape and int(blocks.min()) >= 0
+    blocks = frames()
+    assert max(at_once) == 32 and max(made) == 7 and sum(made) == sum(at_once)
+    assert torch.equal(blocks, whole) and len(whole.unique()) > 8
 
 
 def test_codes_come_as_often_as_they_are_likely():

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longtake import FullHistory, LastFrames, LongtakeError, PackCache, Session, SinkWindow, SlidingWindow, Uniform
 from longtake.history import History
+from longtake.hosts.lumos import LumosGeometry
+from longtake.hosts.lumos.sequence import frame_positions
 from longtake.plan import (
     FULL,
     Block,
@@ -29,7 +31,7 @@ from longtake.policies import available, build, describe, parse
 from longtake.policies.allocation import allocate, decay_weights
 from longtake.policies.selection import ORDERS, bayer, ranks
 from longtake.policies.slots import SlotPolicy
-from longtake.rope import RotaryTable
+from longtake.rope import RotaryTable, mm_rope_table
 
 from .tiny import text, tiny_wan
 
@@ -459,6 +461,52 @@ def test_keys_left_unrotated_are_noticed():
             return replace(plan, entries=tuple(replace(e, shift=0) for e in plan.entries))
 
     assert moved_key_error(Stale()) > 0.1
+
+
+def lumos_key_errors(policy) -> tuple[float, float]:
+    """The same with Lumos-1's rotation and tokens, over eight frames after a given one that is an anchor: largest
+    difference of content keys and of keys of structural ids."""
+    geometry, table, prefix = LumosGeometry(64, 64, 1, 1, 12, patch=(1, 1, 1)), mm_rope_table(64), 17
+    n, rest = geometry.tokens_per_frame, geometry.structural
+    shape = HistoryShape(1, 1, 64, 4, n, 1, structural_tokens=4, anchor_tokens=n)
+    history = History(shape, table, capacity=policy.capacity(shape))
+    written: dict[int, Tensor] = {}
+    errors = [0.0, 0.0]
+    for frame in range(9):
+        block = history.admit(
+            frame, 1, frame_positions(geometry, prefix, frame), role="live" if frame else "anchor", grid=geometry.grid,
+            packable=geometry.packable, structural=rest,
+        )  # fmt: skip
+        history.apply(policy.plan(history.table(), history.signals()))
+        (view,) = history.layers("cond", block, write=True)
+        k = written[frame] = torch.randn(1, n, 1, 64, generator=torch.Generator().manual_seed(frame))
+        view.attend(k, k, k)
+        held = [(b.frame, as_tensor(b.forms[FULL].owned)) for b in history.table().blocks if b.id != block]
+        held.append((frame, torch.arange(n)))
+        keys = torch.cat([written[f][:, owned] for f, owned in held], 1)
+        # every token where it would stand in a video of the retained frames alone, structural ids too
+        at = torch.cat([frame_positions(geometry, prefix, slot)[0][owned] for slot, (_, owned) in enumerate(held)])
+        off = (view.k - table.rotate(keys, table.phases(at))).abs().amax((0, 2, 3))
+        structural = torch.cat([torch.isin(owned, rest) for _, owned in held])
+        assert torch.equal(view.v, keys) and bool(structural.any()) and not bool(structural.all())
+        errors = [max(errors[0], float(off[~structural].max())), max(errors[1], float(off[structural].max()))]
+        history.commit(block)
+    return errors[0], errors[1]
+
+
+def test_moved_keys_of_lumos_stand_in_the_virtual_video_structural_ids_included():
+    content, structural = lumos_key_errors(PackCache(max_frames=3))
+    assert content < 2e-5 and structural < 2e-5
+
+
+def test_keys_of_lumos_left_unrotated_are_noticed_in_content_and_in_structure():
+    class Stale(PackCache):  # nothing of the past moves, the chunk in flight does
+        def plan(self, table, signals):
+            plan = super().plan(table, signals)
+            return replace(plan, entries=tuple(replace(e, shift=0) for e in plan.entries))
+
+    content, structural = lumos_key_errors(Stale(max_frames=3))
+    assert content > 0.1 and structural > 0.1
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

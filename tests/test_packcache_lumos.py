@@ -13,8 +13,22 @@ from longtake.evaluate.attention_mass import MassProbe
 from longtake.hosts.lumos import Lumos
 from longtake.hosts.lumos.sequence import frame_ids, frame_positions, text_positions
 from longtake.plan import FULL, as_tensor
+from longtake.planner.lumos import LumosShape, plan
+from longtake.planner.request import PlanRequest
 
-from .lumos import CONFIG, GEOMETRY, IMAGE, Argmax, Fed, GivenCodes, N, given_codes, golden_model, settings
+from .lumos import (
+    CONFIG,
+    GEOMETRY,
+    IMAGE,
+    Argmax,
+    Fed,
+    GivenCodes,
+    N,
+    PseudoRandom,
+    given_codes,
+    golden_model,
+    settings,
+)
 
 HEADER = [9004, 8804 + 3, 8804 + 11]  # 3 seconds at 11 a second: nine latent frames
 PROMPT = [*CONFIG["text_ids"], *HEADER]
@@ -31,8 +45,8 @@ def model():
 def session(model, policy, image: bool = True, **options) -> Session:
     host = Lumos(model, settings(training_frames=FRAMES), codec=GivenCodes(), name="golden")
     return Session(
-        host, policy, prompt_embeds=torch.tensor([PROMPT]), noise=Argmax(), image=IMAGE if image else None,
-        decode=False, **options,
+        host, policy, prompt_embeds=torch.tensor([PROMPT]), image=IMAGE if image else None, decode=False,
+        **{"noise": Argmax(), **options},
     )  # fmt: skip
 
 
@@ -133,12 +147,92 @@ def test_layer_0_keys_in_view_are_those_of_the_virtual_video(model, policy, imag
         written[frame] = passes[-1][0]
 
 
+@pytest.mark.parametrize("image", [True, False], ids=["i2v", "t2v"])
+def test_anchors_are_bitwise_what_was_written_for_ever(model, image):
+    take = session(model, PackCache(max_frames=2), image, noise=PseudoRandom())
+    next(take)
+
+    def anchors() -> dict:
+        blocks = [b.id for b in take.history.table().blocks if b.role == "anchor"]
+        found = {}
+        for stream, store in take.history.stores.items():
+            for block in blocks:
+                rows = store.held[block, FULL].rows
+                parts = (store.k[:, :, rows], store.v[:, :, rows], store.base[rows], store.step[rows])
+                found[stream, block] = [t.clone() for t in parts]
+        return found
+
+    first = anchors()
+    texts, frames = len(PROMPT), N if image else 0
+    assert sum(parts[0].shape[2] for (stream, _), parts in first.items() if stream == "cond") == texts + frames
+    for _ in range(5):
+        next(take)
+        now = anchors()
+        assert now.keys() == first.keys()
+        assert all(torch.equal(a, b) for key in first for a, b in zip(first[key], now[key], strict=True))
+
+
+def test_attention_keeps_other_tokens_than_bayer_and_as_many(model):
+    takes = [session(model, PackCache(selection=order), noise=PseudoRandom()) for order in ("attention", "bayer")]
+    for _ in range(6):
+        for take in takes:
+            next(take)
+    looked, evenly = (
+        [as_tensor(b.forms[FULL].owned).tolist() for b in take.history.table().blocks if b.role != "anchor"]
+        for take in takes
+    )
+    assert [len(x) for x in looked] == [len(x) for x in evenly] == [13 + 4, 13 + 4, 26 + 4, 52 + 4, N]
+    assert all(a != b for a, b in zip(looked[:-1], evenly[:-1], strict=True)) and looked[-1] == evenly[-1]
+
+
+def test_history_bytes_of_a_session_are_those_of_the_plan_up_to_named_terms(model):
+    """What the planner says the last frame finds, and what the session holds then, differ in the text of the second
+    stream, which the planner charges like the first's, and in nothing else."""
+    host = session(model, PackCache()).host
+    shape = LumosShape.of(
+        "golden", CONFIG | {"head_dim": host.head_dim}, host.config.as_dict(), itemsize=4, codes=64_000,
+        text_tokens=len(PROMPT),
+    )  # fmt: skip
+    for policy in (PackCache(), PackCache(1.5, 3), FullHistory()):
+        take = session(model, policy, chunks=FRAMES - 1)
+        for _ in range(FRAMES - 1):
+            chunk = next(take)
+        told = plan(PlanRequest(model="golden", shape=shape, frames=4 * (FRAMES - 1) + 1, policy=policy))
+        assert told["tokens_per_frame"] == N and told["latent_frames"] == FRAMES
+        assert told["prefix_tokens"] == chunk.stats.attended_tokens - N
+        second_text = (len(PROMPT) - len(HEADER)) * shape.token_bytes
+        # the last frame is not written: its rows, which the plan lists as frame_bytes, are free again
+        assert told["frame_bytes"] == 2 * N * shape.token_bytes
+        assert chunk.stats.history_bytes == told["history_bytes"] - second_text
+        if isinstance(policy, PackCache):  # the closed formula: anchors, budget, four structural ids a frame
+            budget = round(policy.history_frames * CONTENT) + 4 * policy.max_frames
+            assert told["history_bytes"] == 2 * (len(PROMPT) + N + budget) * shape.token_bytes
+
+
+def outputs(host: Lumos) -> list[Tensor]:
+    """Hidden states of every pass from now on, which all logits are made of."""
+    forward, found = host.forward, []
+
+    def spy(*given):
+        found.append(forward(*given))
+        return found[-1].clone()
+
+    host.forward = spy  # type: ignore[method-assign]
+    return found
+
+
 def test_attention_is_measured_on_lumos_too_and_leaves_no_trace(model):
-    quiet, watched = session(model, PackCache()), session(model, PackCache())
+    quiet, watched = (session(model, PackCache(), noise=PseudoRandom()) for _ in range(2))
+    hidden = [outputs(take.host) for take in (quiet, watched)]
     probe = MassProbe(watched.history)
+    frames = []
     with probe.watching():
         for _ in range(4):
-            assert torch.equal(next(quiet).latents, next(watched).latents)
+            frames.append(next(quiet).latents)
+            assert torch.equal(frames[-1], next(watched).latents)
+    assert len(torch.stack(frames).unique()) > 16 and not torch.equal(frames[0], frames[1])  # codes that vary
+    assert len(hidden[0]) == len(hidden[1]) == 4 * (PAST + 2)
+    assert all(torch.equal(a, b) for a, b in zip(*hidden, strict=True))
     last = [c for c in probe.chunks if c.stream == "uncond"][-1]
     assert [(s.kind, s.tokens) for s in last.segments] == [
         ("text", 3), ("anchor", N), ("history", 30), ("history", 30), ("history", 56), ("current", N)

@@ -1,5 +1,7 @@
 """One rotary layout for every model: conventions, exactness far out, and moving a key instead of recomputing it."""
 
+import math
+
 import mpmath
 import pytest
 import torch
@@ -7,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.rope import RotaryTable, wan_table
+from longtake.rope import RotaryTable, mm_rope_table, wan_table
 
 from .reference.rotation import rotate
 
@@ -117,6 +119,44 @@ def test_wan_table_equals_the_table_of_diffusers(head_dim):
     phases = wan_table(head_dim).phases(grid)  # [N, P, 2]
     for ours, theirs in ((phases[..., 0], cos), (phases[..., 1], sin)):
         torch.testing.assert_close(ours.repeat_interleave(2, -1), theirs[0, :, 0], rtol=0, atol=1e-6)
+
+
+def mm_rope_twin(x: torch.Tensor, at: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
+    """Lumos-1's rotation, written out: x [N, D], at [N, 3] of whole numbers → fp64 [N, D]. Channels i and i + D/2 are a
+    pair; of every 16 pairs the first 4 turn with time, then two with height and two with width, three times over; pair
+    i turns by θ^(−2i/D) for every position on its axis."""
+    n, width = x.shape
+    out = x.double().clone()
+    for token in range(n):
+        for i in range(width // 2):
+            place = i % 16
+            axis = 0 if place in (0, 1, 2, 3) else 1 if place in (4, 5, 8, 9, 12, 13) else 2
+            angle = float(at[token, axis]) * theta ** (-2 * i / width)
+            a, b = float(x[token, i]), float(x[token, i + width // 2])
+            out[token, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[token, i + width // 2] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_mm_rope_is_the_written_out_rotation(head_dim, theta):
+    table = mm_rope_table(head_dim, theta)
+    x = tokens(1, 12, 1, head_dim)
+    at = torch.cat((positions(8, 3), torch.arange(53_000, 53_004).double()[:, None].expand(4, 3)))  # structural ids
+    turned = table.rotate(x, table.phases(at))[0, :, 0].double()
+    torch.testing.assert_close(turned, mm_rope_twin(x[0, :, 0], at, theta), rtol=0, atol=1e-6)
+    assert [table.axis.count(axis) * 32 // head_dim for axis in range(3)] == [4, 6, 6]  # 2 : 3 : 3
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_moving_an_mm_rope_key_in_time_leaves_its_pairs_of_height_and_width_bitwise(head_dim):
+    table, x = mm_rope_table(head_dim), tokens(2, 9, 3, head_dim)
+    key = table.rotate(x, table.phases(positions(9, 3)))
+    moved = table.rotate(key, table.phases(torch.tensor([[-4.0, 0.0, 0.0]]).expand(9, 3)))
+    still = torch.tensor([axis != 0 for axis in table.axis] * 2)
+    assert torch.equal(moved[..., still], key[..., still])
+    assert (moved[..., ~still] != key[..., ~still]).any(0).all()
 
 
 # --- moving a key -----------------------------------------------------------------------------------------------------

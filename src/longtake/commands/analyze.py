@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +30,18 @@ def decay(
     prompt: Annotated[
         list[str] | None, Option("--prompt", help="Prompt; may be repeated.", show_default="the model's examples")
     ] = None,
-    seeds: Annotated[int, Option(help="Takes of each prompt.")] = 1,
+    past: Annotated[
+        str | None,
+        Option(
+            metavar="[true|own]",
+            help="What chunks look back at: true frames of scenes, which bring their own prompts, or what the take has "
+            "made itself.",
+            show_default="true for a model of the world of lanes",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, Option(help="Takes of each prompt, or scenes.", show_default="1 of each prompt, 4 scenes")
+    ] = None,
     chunks: Annotated[
         int | None, Option(help="Length of a take in chunks.", show_default="as long as a training clip")
     ] = None,
@@ -49,6 +59,7 @@ def decay(
 ) -> None:
     """Measure how attention to earlier frames falls with their age, and fit PackCache's decay to it."""
     shell.check_choice(dtype, "--dtype", options.DTYPES)
+    shell.check_choice(past, "--past", ("true", "own"))
     for name, value in (("--seeds", seeds), ("--chunks", chunks)):
         if value is not None and value < 1:
             raise LongtakeError(f"{name} {value}: give at least 1")
@@ -58,26 +69,30 @@ def decay(
     height, width = shell.parse_size(size)
     shell.check_device(device)
 
-    from ..evaluate.decay import measure
+    from ..evaluate.decay import SCENES, measure, measure_truth
     from ..policies import parse
 
     home = _settings_file(model or options.DEFAULT_MODEL) if save else None
     seen = parse(policy)
     host, prompts = _host(model, device, dtype, prompt)
+    given: dict[str, Any] = {"chunks": chunks, "policy": seen, "stream": stream, "anchors": anchors}
     with shell.cpu_threads(None, host):
-        report = measure(
-            host, prompts, seeds=range(seeds), chunks=chunks, policy=seen, stream=stream, anchors=anchors,
-            height=height, width=width,
-        )  # fmt: skip
+        if past == "true" or (past is None and host.config.world and not prompt and not size):
+            if prompt or size:
+                raise LongtakeError("--past true: its scenes bring prompt and size; leave --prompt and --size out")
+            report = measure_truth(host, seeds=range(seeds or SCENES), **given)
+        else:
+            report = measure(host, prompts, seeds=range(seeds or 1), height=height, width=width, **given)
     written = report.write(out)
     found = report.decay()
     if home is not None:
-        if found is None or not 0 < found.rho < 1:
+        if found is None or not 0 < round(found.rho, 4) < 1:
             raise LongtakeError(f"nothing was saved: attention does not decay here (rho {found and found.rho})")
-        settings = json.loads(home.read_text()) | {"decay": round(found.rho, 4)}
+        from ..evaluate.decay_note import with_decay
         from ..evaluate.provenance import write_atomically
 
-        write_atomically(home, (json.dumps(settings, indent=2) + "\n").encode())
+        text = with_decay(home.read_text(encoding="utf-8"), round(found.rho, 4))
+        write_atomically(home, text.encode())
         written.append(home)
     _finish(report, written, as_json)
 

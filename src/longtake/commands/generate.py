@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..samplers.masked import MaskedSampler
     from ..session import Session
 
+LONG_TEXT = 0.1  # part of a packed history's budget
+
 
 def generate(
     output: options.Output,
@@ -167,6 +169,7 @@ def generate(
                 chunks=None if snapshot else chunks,  # a snapshot's take may go on
             )  # fmt: skip
         say_reuse(take)
+        say_long_text(take, 0 if image is None else 1)
         before = take.geometry.pixel_frames(take.frame) if resume is not None else 0
         if chunks is None:  # the length of the continuation
             chunks = take.geometry.chunks(seconds + before / take.geometry.fps, given=take.frame)
@@ -249,6 +252,23 @@ def say_cut(host: Host, prompts: list[str]) -> None:
         if count > most:
             start = text if len(text) < 40 else f"{text[:37]}..."
             shell.say(f"warning: prompt {start!r} has {count} tokens; {host.name} sees the first {most}")
+
+
+def say_long_text(take: Session, given_frames: int) -> None:
+    """A line where a prompt that lies in the history is long beside a packed budget: it is kept whole, whatever that
+    costs."""
+    from ..policies import PackCache
+
+    if not isinstance(take.policy, PackCache):
+        return
+    geometry = take.geometry
+    text = take.history.shape.anchor_tokens - given_frames * geometry.tokens_per_frame
+    budget = take.policy.budget(geometry.tokens_per_frame - len(geometry.structural))
+    if text > LONG_TEXT * budget:
+        shell.say(
+            f"warning: the prompt's {text} tokens stay whole beside a history of {budget}: more than a tenth of it; "
+            "shorten the prompt or give more history_frames"
+        )
 
 
 def say_plan(chunks: int, geometry: Geometry, policy: KVPolicy) -> None:

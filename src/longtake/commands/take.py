@@ -51,8 +51,24 @@ class Made:
             "forwards": take.stats.forwards, "reused": take.stats.reused,
             "attended_tokens": last.attended_tokens if last else 0,
             "history_used_bytes": last.history_bytes if last else 0,
+            "last_chunk_flops": (last.flops.total or None) if last else None, "slots": slots(take),
             "memory": memory, "peak_rss_bytes": shell.peak_rss(), "peak_device_bytes": device,
         }  # fmt: skip
+
+
+def slots(take: Session) -> list[dict[str, int]] | None:
+    """Of a policy that thins frames at slots: which latent frames are held, oldest first, and how many tokens of each;
+    None for other policies."""
+    from ..plan import FULL, intersect
+    from ..policies.slots import SlotPolicy
+
+    if not isinstance(take.policy, SlotPolicy):
+        return None
+    return [
+        {"frame": frame, "tokens": len(intersect(block.of_frames(frame, frame + 1), block.forms[FULL].owned))}
+        for block in take.history.table().blocks
+        for frame in range(block.frame, block.end)
+    ]
 
 
 def say_prompt(take: Session, prompt: str, embeds: dict[str, Tensor]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from ..hosts.base import Host
 from ..policies import FullHistory, KVPolicy, PackCache
 from ..policies.allocation import decay_weights
 from ..session import Session
+from ..zoo import lanes
 from .attention_mass import ChunkMass, HeatMap, MassProbe
+from .compare.footage import Footage
+from .compare.protocols import fork
 from .provenance import provenance, write_report
 
 LEAST_MASS = 1e-6  # below it a frame says more about rounding than about decay
 SCHEMA = 1
+SCENES = 4  # of a world, if nobody says how many
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,9 @@ class DecayReport:
         """For people."""
         found = self.decay()
         ages, mass, _ = self.by_age()
-        lines = [f"{self.model} under {self.policy}: {len(self.chunks)} chunks of {len(self.takes)} takes"]
+        past = "over true frames" if any(take.get("past") == "true" for take in self.takes) else "over its own past"
+        takes = f"{len(self.chunks)} chunks of {len(self.takes)} takes"
+        lines = [f"{self.model} under {self.policy}, {past}: {takes}"]
         for kind, values in self.by_step().items():
             lines.append(
                 f"  {kind:8} {values.mean():.1%} of attention, {values[0]:.1%} → {values[-1]:.1%} over the steps"
@@ -165,26 +172,68 @@ def measure(
     the session. Raises LongtakeError for policies whose view differs from head to head.
     """
     policy = policy or FullHistory()
-    chunks = chunks or max(2, host.config.training_frames // host.config.chunk_frames)
-    layers = host.layers
-    heat = tuple(sorted({0, layers // 2, layers - 1})) if heat_layers is None else tuple(heat_layers)
-    found: list[ChunkMass] = []
-    maps: dict[tuple[str, int], HeatMap] = {}
-    takes = []
+    chunks = chunks or _clip(host)
+    report = DecayReport(host.name, policy.name, stream, [], [], provenance(host.device))
     for number, (prompt, seed) in enumerate((p, s) for p in prompts for s in seeds):
         given = options if prompt is None else {**options, "prompt": prompt}
         take = Session(host, policy, seed=seed, chunks=chunks, decode=False, **given)
-        if stream not in take.history.streams:
-            raise LongtakeError(f"no stream {stream!r} here: this take has {', '.join(take.history.streams)}")
-        probe = MassProbe(take.history, queries=queries, anchors=anchors, heat_layers=heat)
-        with probe.watching():
+        with _watched(report, take, queries, anchors, heat_layers):
             for done, _ in enumerate(take, start=1):
                 if progress is not None:
                     progress("takes", number * chunks + done, len(prompts) * len(seeds) * chunks)
-        found += [c for c in probe.chunks if c.stream == stream]
-        maps = {key: m for key, m in probe.heat.items() if key[0] == stream}
-        takes.append({"prompt": prompt, "seed": seed, "chunks": chunks})
-    return DecayReport(host.name, policy.name, stream, takes, found, provenance(host.device), list(maps.values()))
+        report.takes.append({"prompt": prompt, "seed": seed, "chunks": chunks, "past": "own"})
+    return report
+
+
+def measure_truth(
+    host: Host, *, seeds: Sequence[int] = range(SCENES), chunks: int | None = None, policy: KVPolicy | None = None,
+    stream: str = "cond", queries: int = 256, anchors: int = 0, heat_layers: Sequence[int] | None = None,
+) -> DecayReport:  # fmt: skip
+    """As `measure`, over a true past: in scenes of the world of lanes, which models of that world cannot begin by
+    themselves, true chunks are committed one by one, and the chunk after each is generated and watched.
+
+    Raises LongtakeError for a model of no world.
+    """
+    if host.config.world != lanes.WORLD:
+        raise LongtakeError(f"{host.name} is of no world whose truth is known: measure over its own past (--past own)")
+    policy = policy or FullHistory()
+    chunks, span = chunks or _clip(host), host.config.chunk_frames
+    report = DecayReport(host.name, policy.name, stream, [], [], provenance(host.device))
+    for seed in seeds:
+        footage = Footage(host, seed, chunks * span, lanes.GAPS)
+        truth = footage.latents(chunks * span)
+        take = Session(
+            host, policy, prompt=footage.scene.caption, seed=seed, height=lanes.SIZE, width=lanes.SIZE, decode=False,
+            chunks=chunks,
+        )  # fmt: skip
+        for number in range(1, chunks):
+            take.extend(truth[:, :, (number - 1) * span : number * span])
+            ahead = fork(take, seed, 1)
+            with _watched(report, ahead, queries, anchors, heat_layers):
+                next(ahead)
+        report.takes.append({"prompt": footage.scene.caption, "seed": seed, "chunks": chunks, "past": "true"})
+    return report
+
+
+@contextmanager
+def _watched(
+    report: DecayReport, take: Session, queries: int, anchors: int, heat_layers: Sequence[int] | None
+) -> Iterator[None]:
+    """What the take's chunks look at within `with` is added to the report; the last heat maps stay."""
+    if report.stream not in take.history.streams:
+        raise LongtakeError(f"no stream {report.stream!r} here: this take has {', '.join(take.history.streams)}")
+    layers = take.host.layers
+    heat = tuple(sorted({0, layers // 2, layers - 1})) if heat_layers is None else tuple(heat_layers)
+    probe = MassProbe(take.history, queries=queries, anchors=anchors, heat_layers=heat)
+    with probe.watching():
+        yield
+    report.chunks += [c for c in probe.chunks if c.stream == report.stream]
+    report.heat = [m for (stream, _), m in probe.heat.items() if stream == report.stream]
+
+
+def _clip(host: Host) -> int:
+    """Chunks of a training clip."""
+    return max(2, host.config.training_frames // host.config.chunk_frames)
 
 
 def _json(found: Decay) -> dict[str, Any]:

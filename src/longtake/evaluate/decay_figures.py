@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,9 +21,15 @@ def figures(report: DecayReport) -> dict[str, bytes]:
 
 def fit_figure(report: DecayReport) -> bytes:
     """Mass by age with the fitted line and PackCache's shares of the same total; ρ of every layer beside it."""
+    figure, (left, right) = canvas(9, 3.6, 1, 2, width_ratios=[2.2, 1])
+    draw_fit(report, left, right)
+    return png(figure, _title(report))
+
+
+def draw_fit(report: DecayReport, left: Any, right: Any) -> None:
+    """The two parts of `fit_figure`, on axes."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = canvas(9, 3.6, 1, 2, width_ratios=[2.2, 1])
     ages, mass, _ = report.by_age()
     layers = mass.mean(1)  # [L, D]
     mean, found = layers.mean(0), report.decay()
@@ -48,7 +54,6 @@ def fit_figure(report: DecayReport) -> bytes:
     right.invert_yaxis()
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return png(figure, _title(report))
 
 
 def steps_figure(report: DecayReport) -> bytes:

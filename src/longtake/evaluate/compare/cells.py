@@ -18,7 +18,9 @@ from typing import Any
 
 from ...digest import file_sha256
 from ...errors import LongtakeError
+from ...hosts.base import CONFIG_NAME
 from ...hosts.loading import find
+from ..decay_note import without_decay
 from ..provenance import read_json, write_atomically
 from .arms import Arm
 from .protocols import Setting
@@ -160,7 +162,7 @@ def label_of(cell: Cell) -> str:
 
 def fingerprint(folder: Path, compressor: bool = True) -> str:
     """Hash of what a model folder computes with: its description and its parts, with or without its compressor; notes
-    of the training do not count."""
+    of the training do not count, nor does the measured decay of attention in the description."""
     digest = hashlib.sha256()
     parts = [part for part in PARTS if compressor or part != "compressor"]
     files = [folder / "longtake.json", *(path for part in parts for path in (folder / part).rglob("*"))]
@@ -168,6 +170,9 @@ def fingerprint(folder: Path, compressor: bool = True) -> str:
         files = [path for path in folder.rglob("*") if path.name != "training.json" and path.parent.name != "work"]
     for path in sorted(path for path in files if path.suffix in _READ and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode())
+        if path == folder / CONFIG_NAME:
+            digest.update(without_decay(path.read_text(encoding="utf-8")).encode())
+            continue
         with path.open("rb") as file:
             while piece := file.read(1 << 22):
                 digest.update(piece)
