@@ -12,7 +12,7 @@ from torch import Tensor
 
 import longtake
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow
-from longtake.reuse import FlowCacheReuse
+from longtake.reuse import Decision, FlowCacheReuse, ReplayReuse, TeaCacheReuse
 from longtake.samplers.staggered import Stagger
 from tests.test_skyreels import FuseTo
 
@@ -139,6 +139,58 @@ def test_branches_decide_alike_and_every_decision_is_logged(carry: str) -> None:
     assert cond == uncond
     assert len(cond) == STEPS * (5 + 4 + 4)
     assert sum(d.reused for d in cond + uncond) == run.clock.reused > 0
+
+
+@pytest.mark.parametrize("options", [{}, LONG])
+@pytest.mark.parametrize("kind", [FlowCacheReuse, TeaCacheReuse])
+def test_decisions_are_those_of_a_session_in_every_window(kind: type, options: dict[str, Any]) -> None:
+    """A joint decision is for all chunks of a row together, and goes on through windows; only the last chunk of the
+    whole call has the take's last step."""
+    reuse = kind(1.0, "timestep", warmup=2, last="take", rescale="identity")
+    pipe = pipeline(OwnTable)
+    host = tiny_skyreels()
+    host.transformer.load_state_dict(pipe.transformer.state_dict())
+    with longtake.enable(pipe, reuse=reuse) as run:
+        call(pipe, **options)
+    take = Session(
+        host, prompt_embeds=words(1), negative_prompt_embeds=words(2), guidance_scale=6.0, decode=False, reuse=reuse,
+        num_frames=options.get("num_frames", 97), sampler=Stagger(STEPS, 2, window=25, overlap=5),
+    )  # fmt: skip
+    told = lambda decisions: sorted((d.chunk, d.index, d.reused, d.reason) for d in decisions)
+    ours = told(d for chunk in take for d in chunk.stats.decisions)
+    assert told(run.decisions["cond"]) == told(run.decisions["uncond"]) == ours
+    assert 0 < sum(reused for _, _, reused, _ in ours) < len(ours) == STEPS * (13 if options else 5)
+
+
+def test_a_log_of_several_windows_replays_to_the_bit_and_finished_chunks_are_forgotten() -> None:
+    pipe = pipeline()
+    steps = [(chunk, index) for chunk in range(13) for index in range(STEPS)]
+    wanted = {(c, k) for c, k in steps if k > 1 and (5 * c + k) % 3 == 0}  # another pattern in every window
+    by_hand = ReplayReuse.of([Decision(c, k, 0.0, None, 0.0, (c, k) in wanted, "") for c, k in steps])
+    with longtake.enable(pipe, reuse=by_hand) as run:
+        own = call(pipe, **LONG)
+        assert len(run._runs) == 2 and not any(one.states for one in run._runs.values())
+    log = run.decisions["cond"]
+    assert [(d.chunk, d.index) for d in log] == steps and {(d.chunk, d.index) for d in log if d.reused} == wanted
+    with longtake.enable(pipe, reuse=ReplayReuse.of(log)) as run:
+        call(pipe, num_frames=17)
+        assert {(d.chunk, d.index) for d in run.decisions["cond"] if d.reused} == {w for w in wanted if w[0] == 0}
+        assert torch.equal(own, call(pipe, **LONG))  # another call begins at chunk 0 again
+    assert run.decisions["cond"] == log
+
+
+def test_reuse_and_compression_together_as_in_the_readme() -> None:
+    """Three chunks in flight: a budget of four compresses, one of five is the whole window."""
+    pipe = pipeline()
+    for metric in ("timestep", "latent"):
+        reuse = FlowCacheReuse(1.5, metric, warmup=1, last="none", rescale="identity")
+        videos = []
+        for policy in (None, longtake.FlowCacheKV(5), longtake.FlowCacheKV(4)):
+            with longtake.enable(pipe, reuse=reuse, policy=policy) as run:
+                videos.append(call(pipe))
+            assert run.clock.reused > 0
+        assert torch.equal(videos[0], videos[1])
+        assert bool(videos[2].isfinite().all()) and not torch.allclose(videos[0], videos[2], atol=1e-3)
 
 
 def test_policies_of_a_window_are_obeyed() -> None:

@@ -10,6 +10,7 @@ kept. On leaving, everything is as it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,8 @@ class Window:
     steps: int
     levels: list[float]  # noise levels of the pipeline's scheduler, one more than steps
     updates: list[list[bool]]  # [row][chunk]: whether the chunk takes a step
+    number: int = 0  # what its first chunk would be numbered in the call, if it were not given
+    last: int | None = None  # the chunk that is the call's last, if it is in this window
 
     @property
     def in_flight(self) -> int:
@@ -60,11 +63,13 @@ class Branch:
     ids: dict[int, int] = field(default_factory=dict)  # chunk in flight → its block in the history
     taken: dict[int, int] = field(default_factory=dict)  # chunk → steps taken
     planned: bool = False
+    scored: set[int] = field(default_factory=set)  # chunks whose forward in this row may be the last one looked at
 
 
 class Enabled:
     """What `enable` yields. `clock` counts forwards of chunks, computed and reused, and seconds in them; `decisions`
-    are those of the reuse policy by branch, for every window."""
+    are those of the reuse policy in the latest call, by branch, whose generated chunks are numbered through all
+    windows."""
 
     def __init__(self, pipe: Any, host: SkyReels, policy: KVPolicy, reuse: ReusePolicy, commit: str, residency: str):
         self.pipe, self.host, self.policy, self.commit, self.residency = pipe, host, policy, commit, residency
@@ -72,11 +77,24 @@ class Enabled:
         self.clock = Clock()
         self.decisions: dict[str, list[Decision]] = {}
         self._window: Window | None = None
+        self._frames: int | None = None  # latent frames of this call
+        self._made = 0  # … and how many of them the windows so far have
+        self._chunks = 0  # chunks that the windows so far generated
+        self._runs: dict[str, ReuseRun] = {}  # of this call, by branch
         self._branches: dict[str, Branch] = {}
         self._context: str | None = None
         self._texts: dict[str, tuple[Tensor, TextState]] = {}
 
     # --- what stands in for methods of the pipeline and its transformer ---------------------------------------------
+
+    def call(self, original: Any, *args: Any, **options: Any) -> Any:
+        """`pipe.check_inputs`: a call begins."""
+        given = inspect.signature(original).bind(*args, **options).arguments
+        stride = self.host.geometry().stride[0]
+        self._frames = None if given.get("num_frames") is None else (given["num_frames"] - 1) // stride + 1
+        self._made = self._chunks = 0
+        self._branches, self._runs, self.decisions = {}, {}, {}
+        return original(*args, **options)
 
     def matrix(self, original: Any, *args: Any, **options: Any) -> Any:
         """`pipe.generate_timestep_matrix`: a window begins."""
@@ -93,13 +111,14 @@ class Enabled:
             raise LongtakeError(f"{frames} latent frames are no whole number of blocks of {size}: change num_frames")
         if any(interval != (0, frames) for interval in result[3]):
             raise LongtakeError("this call slides its window while it runs, which is not supported")
-        levels = self.pipe.scheduler.sigmas.tolist()
+        levels, ready = self.pipe.scheduler.sigmas.tolist(), given.get("num_pre_ready", 0) // size
+        self._made += frames - ready * size
+        ends = self._frames is None or self._made >= self._frames
         self._window = Window(
-            size, frames, given.get("num_pre_ready", 0) // size, len(given["step_template"]), levels,
-            result[2][:, ::size].bool().tolist(),
+            size, frames, ready, len(given["step_template"]), levels, result[2][:, ::size].bool().tolist(),
+            self._chunks - ready, frames // size - 1 if ends else None,
         )  # fmt: skip
-        for branch in self._branches.values():
-            self._log(branch)
+        self._chunks += frames // size - ready
         self._branches = {}
         return result
 
@@ -131,14 +150,18 @@ class Enabled:
         text = self._text(name, encoder_hidden_states)
         branch = self._branches.get(name) or self._open(name, window, hidden_states)
         velocity = torch.zeros_like(hidden_states)
-        for chunk, takes in enumerate(window.updates[branch.row]):
-            at = slice(chunk * window.size, (chunk + 1) * window.size)
-            x, t = hidden_states[:, :, at], float(timestep[0, at.start])
-            given = branch.row == 0 and chunk < window.ready
-            if given or chunk in self._done_before(branch, window):
+        parts, times = hidden_states.split(window.size, 2), timestep[0, :: window.size].tolist()
+        given = range(window.ready) if branch.row == 0 else range(0)
+        takes = [c for c, steps in enumerate(window.updates[branch.row]) if steps and c not in given]
+        turns = {c: self._turn(branch, window, c, times[c]) for c in takes}
+        computed = dict(zip(takes, branch.reuse.decide(list(turns.values()), [parts[c] for c in takes]), strict=True))
+        branch.scored = self._last_forwards(branch, window, [turn for c, turn in turns.items() if computed[c]])
+        for chunk, (x, t) in enumerate(zip(parts, times, strict=True)):
+            if chunk in given or chunk in self._done_before(branch, window):
                 self._clean(branch, chunk, x, t, text)
-            elif takes:
-                velocity[:, :, at] = self._step(branch, window, chunk, x, t, text)
+            elif chunk in turns:
+                made = self._step(branch, window, chunk, turns[chunk], computed[chunk], x, text)
+                velocity[:, :, chunk * window.size : (chunk + 1) * window.size] = made
         branch.row += 1
         return (velocity,) if not return_dict else _output(velocity)
 
@@ -165,20 +188,26 @@ class Enabled:
             offloaded=policy.offloaded(shape), summed=policy.summed(shape),
             dtype=host.dtype, device=host.device,
         )  # fmt: skip
-        self._branches[name] = Branch(history, policy, ReuseRun(self.reuse, host.feature))
+        run = self._runs.setdefault(name, ReuseRun(self.reuse, host.feature))
+        self._branches[name] = Branch(history, policy, run)
         return self._branches[name]
 
-    def _step(self, branch: Branch, window: Window, chunk: int, x: Tensor, t: float, text: TextState) -> Tensor:
-        """The velocity of a chunk's next step."""
-        index = branch.taken.get(chunk, 0)
-        final = index == window.steps - 1
-        turn = Turn(
-            chunk, index, window.steps, t, window.levels[index], window.levels[index + 1],
-            final and (chunk + 1) * window.size == window.frames,
+    def _turn(self, branch: Branch, window: Window, chunk: int, t: float) -> Turn:
+        """A chunk's next step."""
+        at = branch.taken.get(chunk, 0)
+        return Turn(
+            window.number + chunk, at, window.steps, t, window.levels[at], window.levels[at + 1],
+            at == window.steps - 1 and chunk == window.last,
         )  # fmt: skip
-        residuals = branch.reuse.state(chunk).residuals
-        if branch.reuse.decide([turn], [x])[0]:
-            layers = self._layers(branch, chunk, x, observe=self._observed(branch, window, index, final))
+
+    def _step(
+        self, branch: Branch, window: Window, chunk: int, turn: Turn, computed: bool, x: Tensor, text: TextState
+    ) -> Tensor:
+        """The velocity of a chunk's next step."""
+        t, final = turn.timestep, turn.index == window.steps - 1
+        residuals = branch.reuse.state(turn.chunk).residuals
+        if computed:
+            layers = self._layers(branch, chunk, x, observe=self._observed(branch, chunk, turn.index, final))
             with self.clock:
                 if branch.reuse.carries_residual:
                     velocity, residuals[""] = self.host.forward_residual(x, t, text, layers)
@@ -191,10 +220,13 @@ class Enabled:
                 velocity, _ = self.host.forward_residual(x, t, text, [], residuals[""])
             else:
                 velocity = branch.reuse.carried(turn, x)
-        branch.taken[chunk] = index + 1
-        if final and not torch.isfinite(velocity).all().item():
-            raise NonFiniteError(f"chunk {chunk} has NaN or infinite values; try another seed or dtype")
-        if final and self.commit == "adopt":
+        branch.taken[chunk] = turn.index + 1
+        if not final:
+            return velocity
+        self._log(branch, turn.chunk)
+        if not torch.isfinite(velocity).all().item():
+            raise NonFiniteError(f"chunk {turn.chunk} has NaN or infinite values; try another seed or dtype")
+        if self.commit == "adopt":
             self._settle(branch, chunk)
         return velocity
 
@@ -224,12 +256,26 @@ class Enabled:
         branch.history.commit(branch.ids.pop(chunk))
         branch.planned = False
 
-    def _observed(self, branch: Branch, window: Window, index: int, final: bool) -> bool:
+    def _observed(self, branch: Branch, chunk: int, index: int, final: bool) -> bool:
         """Whether the policy scores in this forward."""
         moment = branch.policy.moment
-        if moment == "last_forward":  # the last ones before the table changes
-            return window.updates[branch.row : branch.row + 1] != window.updates[branch.row + 1 : branch.row + 2]
+        if moment == "last_forward":
+            return chunk in branch.scored
         return (moment == "first_step" and index == 0) or (final and moment == "commit" and self.commit == "adopt")
+
+    def _last_forwards(self, branch: Branch, window: Window, computed: list[Turn]) -> set[int]:
+        """Of the chunks computed in this row, those whose scores can be the last ones before the table changes, as
+        `Staggered` finds them; rows that follow are not looked into, where anything may be reused."""
+        if branch.policy.moment != "last_forward":
+            return set()
+        row, numbers = branch.row, [turn.chunk - window.number for turn in computed]
+        if not branch.reuse.active and window.updates[row : row + 1] == window.updates[row + 1 : row + 2]:
+            return set()
+        adopts = self.commit == "adopt"
+        return {
+            *numbers[-1:],
+            *(turn.chunk - window.number for turn in computed if adopts and turn.index == turn.steps - 1),
+        }
 
     def _text(self, name: str, embeds: Tensor) -> TextState:
         held = self._texts.get(name)
@@ -241,16 +287,16 @@ class Enabled:
         stride = self.host.geometry().stride
         return self.host.geometry(height * stride[1], width * stride[2])
 
-    def _log(self, branch: Branch) -> None:
-        log = self.decisions.setdefault(branch.history.streams[0], [])
-        for chunk in sorted(branch.reuse.states):
-            log.extend(branch.reuse.finish(chunk))
+    def _log(self, branch: Branch, number: int) -> None:
+        """A chunk is finished: what was decided is kept, what was carried over is not."""
+        self.decisions.setdefault(branch.history.streams[0], []).extend(branch.reuse.finish(number))
 
     def finish(self) -> None:
         """Give back what the last window held."""
         for branch in self._branches.values():
-            self._log(branch)
-        self._window, self._branches, self._texts = None, {}, {}
+            for number in sorted(branch.reuse.states):
+                self._log(branch, number)
+        self._window, self._branches, self._runs, self._texts = None, {}, {}, {}
 
 
 @contextmanager
@@ -295,6 +341,7 @@ def enable(
     run = Enabled(pipe, host, policy or FullHistory(), reuse or NoReuse(), commit, residency)
     transformer = pipe.transformer
     replaced = [
+        _Replaced(pipe, "check_inputs", run.call),
         _Replaced(pipe, "generate_timestep_matrix", run.matrix),
         _Replaced(transformer, "cache_context", run.context),
         _Replaced(transformer, "forward", lambda original, *args, **options: run.forward(*args, **options)),
