@@ -10,7 +10,6 @@ import math
 import types
 import typing
 from dataclasses import fields
-from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -60,7 +59,6 @@ def _plain(value: Any, options: tuple[Any, ...]) -> Any:
     return None
 
 
-@lru_cache(maxsize=256)
 def _types(cls: type[Any]) -> dict[str, tuple[Any, ...]]:
     """The fields of plain types, and which those are."""
     try:
