@@ -1,18 +1,24 @@
 """Compressors: token counts, positions, and what a session makes of them."""
 
+import copy
 import json
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake import FullHistory, Geometry, LongtakeError, NonFiniteError, PlanError, Session, load
+from longtake import FullHistory, Geometry, LongtakeError, NonFiniteError, PlanError, Session, load, load_compressor
 from longtake.compressors import Compressor, DualBranch, LowResolution, MeanPool, StreamingEncoder, TakeState, parse
 from longtake.compressors.low_resolution import shrunk
+from longtake.compressors.reading import WEIGHTS
 from longtake.decoding import encode
 from longtake.history import LayerView
+from longtake.hosts.digest import weights_digest
 from longtake.plan import COMPRESSED, Drop, Entry, Plan
 from longtake.policies import KVPolicy
 from longtake.session import history_shape
@@ -276,6 +282,103 @@ def test_a_compressor_nobody_knows_is_refused_in_one_line(spec, word, tmp_path):
         parse(str(tmp_path))
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A compressor as training writes it."""
+    DualBranch.sized(4, 24, low="latents").save_pretrained(tmp_path / "c" / "compressor")
+    return tmp_path / "c" / "compressor"
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+DAMAGED = {
+    "no weights": (lambda c: (c / WEIGHTS).unlink(), "half-written"),
+    "cut weights": (lambda c: cut(c / WEIGHTS), "damaged"),
+    "empty weights": (lambda c: cut(c / WEIGHTS, 0), "damaged"),
+    "cut config": (lambda c: cut(c / "config.json"), "config.json is damaged"),
+    "no object": (lambda c: (c / "config.json").write_text("[]"), "config.json is damaged"),
+    "another kind": (
+        lambda c: (c / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}'),
+        "AutoencoderKLWan",
+    ),
+    "another width": (lambda c: edit(c, width=48), "do not belong together"),
+    "strange carry": (lambda c: edit(c, carry="pigeon"), "carry 'pigeon'"),
+    "strange width": (lambda c: edit(c, width="wide"), "config.json is damaged"),
+    "other names": (lambda c: save_file({"a": torch.zeros(1)}, c / WEIGHTS), "lacks"),
+    "unfinished": (lambda c: unfinished(c), "the training in .* is not finished"),
+}
+
+
+def edit(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def unfinished(folder: Path) -> None:
+    shutil.rmtree(folder)
+    (folder.parent / "work").mkdir()
+    (folder.parent / "work" / "compressor.pt").touch()
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_folder_that_is_not_whole_is_one_line_of_ours(damage, folder):
+    harm, word = DAMAGED[damage]
+    harm(folder)
+    with pytest.raises(LongtakeError, match=word) as told:
+        parse(str(folder.parent))
+    assert "\n" not in str(told.value) and "low_cpu_mem" not in str(told.value) and "c" in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "nowhere/at/all"])
+def test_a_name_of_nothing_is_refused_with_the_names_there_are(name):
+    with pytest.raises(LongtakeError, match="give low-resolution, mean-pool, or the folder"):
+        parse(name)
+
+
+def test_a_compressor_goes_with_the_weights_it_was_trained_for_and_no_others(tmp_path):
+    host, other = tiny_wan(), tiny_wan()
+    with torch.no_grad():
+        other.transformer.blocks[0].attn1.to_q.weight.add_(0.5)
+    made_for = {"model": "mine", "weights": weights_digest(host.transformer)}
+    DualBranch.sized(4, 24, low="latents", trained_for=made_for).save_pretrained(tmp_path)
+    branch = load_compressor(tmp_path)
+    branch.check(host)
+    with pytest.raises(LongtakeError, match=f"compressor {tmp_path} was trained for another model: mine"):
+        branch.check(other)
+    DualBranch.sized(4, 24).check(other)  # it names none
+    MeanPool().check(other)
+    with pytest.raises(LongtakeError, match=r"of 4 latent channels and width 48: .* has 4 and 24"):
+        DualBranch.sized(4, 48).check(host)
+
+
+def test_weights_are_known_again_in_another_precision_and_layout_and_told_from_their_neighbours():
+    net = torch.nn.Sequential(torch.nn.Conv3d(3, 5, 3), torch.nn.Linear(7, 2))
+    net.register_parameter("scale", torch.nn.Parameter(torch.tensor(0.3)))
+    digest = weights_digest(net)
+    assert len(digest) == 16 and int(digest, 16) >= 0
+    assert weights_digest(net.to(memory_format=torch.channels_last_3d)) == digest
+    assert (
+        weights_digest(copy.deepcopy(net).bfloat16()) == weights_digest(copy.deepcopy(net).bfloat16().float()) == digest
+    )
+    for change in (
+        lambda n: n[1].bias.data.add_(0.1),
+        lambda n: n.scale.data.mul_(2),
+        lambda n: n[0].weight.data.neg_(),
+    ):
+        changed = copy.deepcopy(net)
+        change(changed)
+        assert weights_digest(changed) != digest
+    assert weights_digest(torch.nn.Linear(2, 2, bias=False)) != digest
+
+
+def test_what_comes_with_longtake_still_fits():
+    host = load("tiny-wan", device="cpu")
+    assert isinstance(host.compressor, DualBranch) and host.compressor.config["trained_for"] is None
+    host.compressor.check(host)
+
+
 def test_a_model_folder_brings_its_compressor(tmp_path):
     from .tiny_checkpoints import write_base
 
@@ -286,6 +389,9 @@ def test_a_model_folder_brings_its_compressor(tmp_path):
     branch = DualBranch.sized(wan["in_channels"], width, low="latents")
     branch.save_pretrained(folder / "compressor")
     assert load(folder, device="cpu", causal=True).compressor.describe() == branch.describe()
+    edit(folder / "compressor", trained_for={"model": "another", "weights": "0" * 16})
+    with pytest.raises(LongtakeError, match="trained for another model: another"):
+        load(folder, device="cpu", causal=True)
 
 
 # --- a take with compressed history -----------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """KV policies on a real history: what they show, where, and what they hold; and policies by name."""
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from textwrap import dedent
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -341,6 +343,56 @@ def test_a_described_policy_can_be_built_again_from_json(policy):
 def test_a_wrong_specification_is_refused_with_what_would_do(spec, message):
     with pytest.raises(LongtakeError, match=message):
         parse(spec)
+
+
+OURS = [cls for cls in available().values() if cls.__module__.startswith("longtake.")]
+FIELDS = [(cls, f.name, f.type) for cls in OURS for f in fields(cls) if f.init]
+STRANGE = [None, "2", 1.5, 2, True, [], (), {}, b"2", 1j, float("nan"), float("inf"), -float("inf"), object(), int]
+PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
+
+
+@pytest.mark.parametrize(("cls", "name", "of"), FIELDS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_value_of_a_wrong_type_is_one_line_that_names_the_field(cls, name, of):
+    allowed = [PLAIN[part.strip()] for part in of.split("|")]
+    for value in STRANGE:
+        whole_for_a_number = type(value) is int and float in allowed
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if (type(value) in allowed or whole_for_a_number) and not endless:
+            continue  # its range is the policy's own affair
+        with pytest.raises(LongtakeError, match=rf"\b{name}\b") as told:
+            cls(**{name: value})
+        assert "\n" not in str(told.value) and "give " in str(told.value), value
+
+
+@pytest.mark.parametrize(("cls", "name", "of"), [row for row in FIELDS if "int" in row[2] and row[1] != "seed"])
+def test_a_count_that_nothing_has_memory_for_is_refused(cls, name, of):
+    with pytest.raises(LongtakeError, match=rf"{name}=10+: give 1\d+ at most"):
+        cls(**{name: 10**18})
+
+
+def test_numbers_of_numpy_become_numbers_that_a_snapshot_can_write():
+    policy = SlidingWindow(np.int64(9), np.int32(1))
+    assert policy == SlidingWindow(9, 1) and json.dumps(describe(policy))
+    assert json.dumps(describe(parse("packcache").__class__(rho=np.float32(0.5))))
+    with pytest.raises(LongtakeError, match="sink"):
+        SlidingWindow(9, np.bool_(True))
+
+
+def test_a_policy_of_ones_own_is_checked_by_its_annotations():
+    @dataclass(frozen=True)
+    class Own(FullHistory):
+        frames: int = 3
+        weights: tuple[float, ...] = ()
+
+    assert Own(4, (0.5,)) and Own(4, [1])  # what is no plain type is left to the policy
+    with pytest.raises(LongtakeError, match="Own: frames='3' is not int: give a whole number"):
+        Own("3")
+
+
+def test_a_history_the_machine_has_no_room_for_is_told_in_one_line():
+    shape = HistoryShape(40, 1, 40, 128, 1560, 3)
+    with pytest.raises(LongtakeError, match=r"history of .* tokens is more memory than this machine gives"):
+        History(shape, SLOW, capacity=10**10)
 
 
 FILE = """

@@ -1,6 +1,9 @@
 """Training compressors: the differentiable rollout is the take, and a few steps lower the loss."""
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,13 +12,15 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from longtake import FullHistory, LongtakeError, Session
+from longtake import FullHistory, LongtakeError, Session, load_compressor
 from longtake.compressors import DualBranch
+from longtake.hosts.digest import weights_digest
 from longtake.policies import parse
 from longtake.samplers.chunked import Schedule
 from longtake.zoo import compressor_losses as losses
 from longtake.zoo.lora import Adapter
 from longtake.zoo.rollout import Rollout
+from longtake.zoo.stages import Stage, Stopped, read_checkpoint
 from longtake.zoo.train_compressor import Critic, Recipe, Trainer, train
 
 from .test_compressors import Middle, trained
@@ -315,6 +320,12 @@ def test_the_command_trains_and_generate_uses_the_result(tmp_path):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--chunks", "1"], "--chunks"),
         (["--rate", "-1"], "--rate"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--carry", "x"], "--carry 'x': use one of blocks, projection"),
+        (["--positions", "x"], "--positions 'x'"),
+        (["--low", "x"], "--low 'x'"),
+        (["--out", __file__], "is not a folder"),
+        (["--policy", "packforcing:sink=x"], "sink='x' is not int"),
     ],
 )
 def test_a_wrong_option_of_the_command_is_one_line(options, word, tmp_path):
@@ -323,9 +334,156 @@ def test_a_wrong_option_of_the_command_is_one_line(options, word, tmp_path):
     from longtake.cli import app
 
     told = CliRunner().invoke(app, ["train", "compressor", "--out", str(tmp_path / "c"), *options])
-    assert told.exit_code == 2 and word in told.output
+    assert told.exit_code == 2 and word in told.output and "training for" not in told.output
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_schedule_of_training_is_the_model_s_own():
     host = host_of()
     assert Trainer(host, recipe(), text(1)).schedule == Schedule.shifted(host.config.timesteps, host.config.shift)
+
+
+# --- one folder, one training -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder in which a training was stopped after three steps."""
+    out, turns = tmp_path_factory.mktemp("begun"), iter([False] * 3)
+    with pytest.raises(Stopped, match=r"stopped after 3 steps .* kept in .*compressor.pt; the same command goes on"):
+        train(host_of(), out, 5.0, recipe=recipe(), prompts=text(2), stop=lambda: next(turns, True))
+    return out
+
+
+@pytest.fixture
+def stopped(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / "out")
+
+
+def asked_at_once() -> bool:
+    return True
+
+
+def test_a_training_that_is_stopped_keeps_its_steps_and_goes_on_with_them(stopped):
+    assert read_checkpoint(stopped / "work" / "compressor.pt", "cpu")["steps"] == 3
+    assert json.loads((stopped / "work" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    assert not (stopped / "compressor").exists()
+    turns = iter([False] * 2)
+    with pytest.raises(Stopped, match="after 5 steps"):
+        train(host_of(), stopped, 5.0, recipe=recipe(), prompts=text(2), stop=lambda: next(turns, True))
+    with pytest.raises(LongtakeError, match=r"the training in .* is not finished: run it again"):
+        load_compressor(stopped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "word"),
+    [
+        ({"batch": 2}, {}, "batch=1, now batch=2"),
+        ({"chunks": 5}, {}, "chunks=4, now chunks=5"),
+        ({"carry": "projection"}, {}, "carry=blocks, now carry=projection"),
+        ({"where": "raster", "rate": 0.5}, {}, r"rate=0\.002, positions=midpoint, now rate=0\.5, positions=raster"),
+        ({"policy": "packforcing:sink=0,recent=1,top_k=2,archive=4"}, {}, r"policy=.*sink=1.*, now policy=.*sink=0"),
+        ({}, {"seed": 1}, "seed=0, now seed=1"),
+        ({}, {"prompts": text(1)}, r"prompts=2 \(.*\), now prompts=1 \("),
+        ({}, {"source": "other"}, "model="),
+    ],
+)
+def test_a_folder_is_gone_on_with_under_the_settings_it_was_begun_with_alone(changes, given, word, stopped):
+    host = host_of()
+    if given.pop("source", None):
+        host.transformer.blocks[0].attn1.to_q.weight.data.add_(1.0)
+    before = (stopped / "work" / "compressor.pt").read_bytes()
+    given = {"prompts": text(2), "stop": asked_at_once} | given
+    with pytest.raises(LongtakeError, match=rf"holds a training with {word}") as told:
+        train(host, stopped, 5.0, recipe=recipe(**changes), **given)
+    assert "give another --out, or the same settings" in str(told.value)
+    assert (stopped / "work" / "compressor.pt").read_bytes() == before
+
+
+def test_minutes_may_change_and_a_checkpoint_that_names_no_recipe_is_gone_on_with(stopped):
+    path = stopped / "work" / "compressor.pt"
+    state = read_checkpoint(path, "cpu")
+    del state["recipe"]
+    torch.save(state, path)
+    with pytest.raises(Stopped, match=r"after 3 steps .* of 9 minutes"):
+        train(host_of(), stopped, 9.0, recipe=recipe(batch=2), prompts=text(2), stop=asked_at_once)
+    del state["modules"]["compressor"]["proj_out.bias"]
+    torch.save(state, path)
+    with pytest.raises(LongtakeError, match="is not of this training"):
+        train(host_of(), stopped, 9.0, recipe=recipe(), prompts=text(2), stop=asked_at_once)
+
+
+@pytest.mark.parametrize("left", [0, 10, 5000])
+def test_a_checkpoint_that_was_cut_short_is_one_line_that_says_what_to_do(left, stopped):
+    path = stopped / "work" / "compressor.pt"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(LongtakeError, match=r"damaged or cut short: delete it to begin anew") as told:
+        train(host_of(), stopped, 5.0, recipe=recipe(), prompts=text(2), stop=asked_at_once)
+    assert "\n" not in str(told.value) and str(path) in str(told.value)
+
+
+def test_nothing_is_made_or_said_before_everything_is_checked(tmp_path):
+    said = []
+    for changes in ({"policy": "window"}, {"chunks": 2}, {"real": tmp_path / "nowhere"}, {"past": "films"}):
+        with pytest.raises(LongtakeError):
+            train(host_of(), tmp_path / "out", 5.0, recipe=recipe(**changes), prompts=text(2), ready=said.append)
+    assert not said and not (tmp_path / "out").exists()
+    with pytest.raises(LongtakeError, match="cannot make folder"):
+        (tmp_path / "file").touch()
+        train(host_of(), tmp_path / "file", 5.0, recipe=recipe(), prompts=text(2))
+
+
+def test_a_result_names_its_model_and_is_readable_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(host_of(), tmp_path, 0.001, recipe=recipe(lora=0), prompts=text(1))
+        train(host_of(), tmp_path / "lora", 0.001, recipe=recipe(lora=1), prompts=text(1))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*.safetensors")]
+    assert len(files) == 3 and {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    branch, host = load_compressor(tmp_path), host_of()
+    assert branch.config["trained_for"] == {"model": host.name, "weights": weights_digest(host.transformer)}
+    branch.check(host)
+    host.transformer.blocks[0].attn1.to_q.weight.data.add_(1.0)
+    with pytest.raises(LongtakeError, match="was trained for another model"):
+        branch.check(host)
+    load_compressor(tmp_path / "lora").check(host)  # the adapter makes another model than the one that was loaded
+
+
+def test_a_policy_that_does_not_compress_is_told_by_the_option_that_keeps_it_from_it():
+    with pytest.raises(LongtakeError, match="no use for a compressor with middle=full: leave that away"):
+        Trainer(host_of(), recipe(policy="packforcing:middle=full"), text(1))
+
+
+def test_a_model_of_many_steps_is_refused_for_what_it_is(tmp_path):
+    with pytest.raises(LongtakeError, match="tiny-skyreels is not a few-step causal Wan model"):
+        train("tiny-skyreels", tmp_path / "out", 5.0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("hits", "word"), [(1, "stopped after 2 steps"), (2, "stopped at once")])
+def test_an_interrupted_command_says_what_is_kept(hits, word, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from longtake.cli import app
+
+    step = Stage.step
+
+    def interrupting(self, loss, **numbers):
+        step(self, loss, **numbers)
+        if self.steps == 2:
+            for _ in range(hits):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Stage, "step", interrupting)
+    monkeypatch.setattr("longtake.zoo.train_compressor.load", lambda *_, **__: host_of())
+    monkeypatch.setattr("longtake.zoo.train_compressor._digest", lambda prompts: "prompts")
+    monkeypatch.setattr(type(host_of()), "encode_prompt", lambda self, prompts: text(len(prompts)), raising=False)
+    (tmp_path / "prompts").write_text("one\ntwo\n")
+    told = CliRunner().invoke(app, [
+        "train", "compressor", "--out", str(tmp_path / "c"), "--minutes", "5", "--batch", "1", "--chunks", "4",
+        "--policy", PACKED, "--low", "latents", "--prompts", str(tmp_path / "prompts"),
+    ])  # fmt: skip
+    assert told.exit_code == 130 and word in told.output, told.output
+    assert ("goes on" in told.output) == (tmp_path / "c" / "work" / "compressor.pt").exists() == (hits == 1)

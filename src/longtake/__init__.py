@@ -16,6 +16,8 @@ _HOME = {
     "PackForcing": "policies", "LastFrames": "policies", "SinkWindow": "policies", "Uniform": "policies",
     "DeepForcing": "policies", "DummyForcing": "policies", "InfinityRope": "policies", "LongLive": "policies",
     "RollingForcing": "policies",
+    "Compressor": "compressors", "DualBranch": "compressors", "LowResolution": "compressors",
+    "MeanPool": "compressors", "load_compressor": "compressors",
     "Plan": "plan", "Entry": "plan", "Choose": "plan", "Fuse": "plan", "Drop": "plan",
     "Block": "plan", "BlockTable": "plan", "Signals": "plan", "HistoryShape": "plan",
     "ReusePolicy": "reuse", "NoReuse": "reuse", "FlowCacheReuse": "reuse", "TeaCacheReuse": "reuse",
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .chunk import Chunk, ChunkStats
+    from .compressors import Compressor, DualBranch, LowResolution, MeanPool, load_compressor
     from .enabling import enable
     from .errors import LongtakeError, NonFiniteError, PlanError
     from .geometry import Geometry

@@ -135,7 +135,7 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
         plain = tuple(typing.get_origin(option) or option for option in options)
         if type(value) in plain or (type(value) is int and float in plain):
             return value
-        raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {_accepted(options)}")
+        raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {accepted(options)}")
     if type(None) in options and value.lower() in ("none", "null"):
         return None
     for option in options:
@@ -148,10 +148,10 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
                 continue
         if option is str:
             return value
-    raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {_accepted(options)}")
+    raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {accepted(options)}")
 
 
-def _accepted(types_: Sequence[Any]) -> str:
+def accepted(types_: Sequence[Any]) -> str:
     """What may be written for a field of one of the types."""
     words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text"}
     return " or ".join(words.get(each, type_name(each)) for each in types_)

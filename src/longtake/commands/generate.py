@@ -119,6 +119,8 @@ def generate(
     shell.check_choice(text_encoder, "--text-encoder", TEXT_ENCODER_FATES)
     kv_policy = None if policy is None else parse(policy)
     made_by = None if compressor is None else parse_compressor(compressor)
+    if kv_policy is not None:
+        check_compressor(made_by, kv_policy)  # before the model is loaded
     reuse_policy = parse_reuse(reuse)
     shell.check_device(device)
     if image is not None:
@@ -137,6 +139,8 @@ def generate(
     prompts = [text for text in (prompt, negative, *(text for _, text in switches)) if text is not None]
     check_host(host, bool(prompts), negative, guidance)
     say_cut(host, prompts)
+    if made_by is not None:
+        made_by.check(host)
     load_seconds = time.perf_counter() - started
     with shell.cpu_threads(threads, host) as used:
         later = [text for _, text in switches] + ([prompt] if prompt is not None and resume is not None else [])
@@ -144,6 +148,7 @@ def generate(
         embeds = {text: host.encode_prompt([text]) for text in later} if text_encoder == "free" else {}
         if resume is not None:
             take = restored(resume, host, kv_policy, made_by)
+            check_compressor(made_by, take.policy)
             if switch_mode is not None:
                 take.prompt_switch = take.switch_mode(switch_mode)
             if prompt is not None:
@@ -151,6 +156,7 @@ def generate(
         else:
             asked = kv_policy
             kv_policy = kv_policy or default_policy(host)
+            check_compressor(made_by, kv_policy)
             if budget is not None:
                 kv_policy = fitted(kv_policy, budget, host, height, width, guidance, history_dtype)
                 if asked is not None and kv_policy != asked:
@@ -241,6 +247,15 @@ def check_host(host: Host, reads: bool, negative: str | None, guidance: float | 
     scale = host.config.guidance_scale if guidance is None else guidance
     if negative is not None and scale == 1:
         raise LongtakeError("--negative needs guidance, whose scale is 1 here, which is none: add e.g. --guidance 3")
+
+
+def check_compressor(compressor: Compressor | None, policy: KVPolicy) -> None:
+    """Raise LongtakeError for a compressor that the policy would never ask."""
+    if compressor is not None and "compressed" not in policy.requires:
+        raise LongtakeError(
+            f"--compressor: policy {spec(policy)} does not compress; give one that does, such as --policy packforcing, "
+            "or leave the compressor away"
+        )
 
 
 def say_cut(host: Host, prompts: list[str]) -> None:

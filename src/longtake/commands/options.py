@@ -218,7 +218,7 @@ CompressorFolder = Annotated[
     Path,
     Option("--out", metavar="DIR", help="Gets compressor/ and training.json; DIR/work holds checkpoints and numbers."),
 ]
-TrainMinutes = Annotated[float, Option("--minutes", help="For the whole training.")]
+TrainMinutes = Annotated[float, Option("--minutes", help="For the whole training; at least 0.25.")]
 RolloutChunks = Annotated[int, Option("--chunks", help="Length of a training rollout.")]
 TrainTakes = Annotated[int, Option("--batch", help="Rollouts in lockstep.")]
 TrainPolicy = Annotated[

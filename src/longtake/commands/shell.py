@@ -100,13 +100,15 @@ class StopAsked:
     """Within `with`, the first Ctrl-C, SIGTERM or SIGHUP is kept in `signal`; a Ctrl-C after it raises
     KeyboardInterrupt as usual.
 
-    So a take can end at a chunk border, where its video and its snapshot agree. SIGTERM and SIGHUP never cut into a
+    So a take can end at a chunk border, where its video and its snapshot agree, and a training between two steps.
+    SIGTERM and SIGHUP never cut into a
     chunk, because service managers send the two together; SIGKILL, which no program can handle, does. Off the main
     thread, where Python allows no signal handlers, nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: str = "chunk") -> None:
         self.signal: int | None = None
+        self._after = after  # what is finished before the end
         self._before: dict[int, Any] = {}
 
     @property
@@ -139,7 +141,7 @@ class StopAsked:
             return
         self.signal = number
         with contextlib.suppress(RuntimeError):  # the signal fell into a write to stderr, which cannot be entered twice
-            say("stopping after this chunk (Ctrl-C again: at once)")
+            say(f"stopping after this {self._after} (Ctrl-C again: at once)")
 
 
 def check_seconds(seconds: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -12,6 +14,7 @@ from . import options, shell
 from .usage import Commands
 
 LEAST_MINUTES = 0.25  # a stage writes its numbers every ten seconds
+SEEDS = 1 << 40  # those from here on are for judging
 
 train = typer.Typer(cls=Commands, help="Train a model of the zoo.")
 
@@ -43,18 +46,18 @@ def tiny_wan(
     """
     minutes = {"vae": vae_minutes, "decoder": decoder_minutes, "many": many_minutes, "few": few_minutes}
     shell.check_choice(variant, "--variant", ("short", "long"))
-    _check(minutes, batch, threads, device)
+    _check(minutes, batch, seed, threads, device)
     _make_folder(out)
 
     from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    with cpu_threads(threads):
+    with cpu_threads(threads), _resumable(out) as stop:
         # Late, because its classes are diffusers' and transformers' own.
         from ..zoo.train_tiny_wan import train as run
 
         _say_planned(minutes if begin is None else {"few": minutes["few"]}, out)
-        facts = run(out, variant, minutes, begin, device, seed, batch)
+        facts = run(out, variant, minutes, begin, device, seed, batch, lambda: stop.asked)
     text = f"{out}: autoencoder {facts['vae_psnr_fresh_seeds']} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
 
@@ -78,17 +81,17 @@ def tiny_lumos(
     on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
     minutes = {"tokenizer": tokenizer_minutes, "transformer": transformer_minutes}
-    _check(minutes, batch, threads, device)
+    _check(minutes, batch, seed, threads, device)
     _make_folder(out)
 
     from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    with cpu_threads(threads):
+    with cpu_threads(threads), _resumable(out) as stop:
         from ..zoo.train_tiny_lumos import train as run
 
         _say_planned(minutes if begin is None else {"transformer": minutes["transformer"]}, out)
-        facts = run(out, minutes, begin, device, seed, batch)
+        facts = run(out, minutes, begin, device, seed, batch, lambda: stop.asked)
     score = facts["tokenizer_psnr_fresh_seeds"]
     text = f"{out}: tokenizer {score} dB on fresh seeds; longtake generate … --model {out}"
     shell.answer({"out": str(out), **facts}, text, as_json)
@@ -111,17 +114,17 @@ def tiny_skyreels(
     On a CPU, minutes are those the training had a core for: a busy machine makes it last longer. The same command goes
     on where it was stopped: checkpoints and numbers are kept in DIR/work.
     """
-    _check({"": minutes}, batch, threads, device)
-    _make_folder(out)
+    _check({"": minutes}, batch, seed, threads, device)
+    shell.check_folder(out)
 
     from ..evaluate.machine import cpu_threads
 
     shell.hush()
-    with cpu_threads(threads):
+    with cpu_threads(threads), _resumable(out) as stop:
         from ..zoo.train_tiny_skyreels import train as run
 
         shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
-        facts = run(out, minutes, begin, device, seed, batch)
+        facts = run(out, minutes, begin, device, seed, batch, stop=lambda: stop.asked)
     shell.answer({"out": str(out), **facts}, f"{out}: longtake generate … --model {out}", as_json)
 
 
@@ -154,35 +157,39 @@ def compressor(
     predicts under its whole past. With it, it is distribution matching, the published recipe. The same command goes on
     where it was stopped. A model folder that holds the result as compressor/ uses it from then on.
     """
-    if not (minutes >= LEAST_MINUTES and math.isfinite(minutes)):
-        raise LongtakeError(f"--minutes {minutes:g}: give at least {LEAST_MINUTES:g}")
-    for name, value, least in (("chunks", chunks, 2), ("batch", batch, 1), ("lora-rank", lora_rank, 0)):
+    _check({"": minutes}, batch, seed, threads, device)
+    for name, value, least in (("chunks", chunks, 2), ("lora-rank", lora_rank, 0)):
         if value < least:
             raise LongtakeError(f"--{name} {value}: give at least {least}")
     if rate is not None and not (rate > 0 and math.isfinite(rate)):
         raise LongtakeError(f"--rate {rate:g}: give a number above 0")
     if fake_score is not None and real_score is None:
         raise LongtakeError("--fake-score alone trains nothing: give --real-score too")
-    shell.check_choice(past, "--past", ("own", "films"))
-    shell.check_threads(threads)
-    shell.check_device(device)
     told = _lines(prompts) if prompts is not None else []
-    _make_folder(out)
+    shell.check_folder(out)
 
+    from ..compressors.base import CARRIES, POSITIONS
+    from ..compressors.dual_branch import LOWS
     from ..evaluate.machine import cpu_threads
+    from ..zoo.train_compressor import PASTS, Recipe
+    from ..zoo.train_compressor import train as run
 
+    for option, value, known in (
+        ("carry", carry, CARRIES), ("positions", positions, POSITIONS), ("low", low, LOWS), ("past", past, PASTS),
+    ):  # fmt: skip
+        shell.check_choice(value, f"--{option}", known)
+    recipe = Recipe(
+        chunks=chunks, batch=batch, policy=policy, real=real_score, fake=fake_score, lora=lora_rank, rate=rate,
+        carry=carry, where=positions, low=low, past=past,
+    )  # fmt: skip
+    numbers = out / "work" / "metrics.jsonl"
+    begun = f"training for {minutes:g} minutes, less what is done; numbers in {numbers}"
     shell.hush()
-    with cpu_threads(threads):
-        from ..zoo.train_compressor import Recipe
-        from ..zoo.train_compressor import train as run
-
-        recipe = Recipe(
-            chunks=chunks, batch=batch, policy=policy, real=real_score, fake=fake_score, lora=lora_rank, rate=rate,
-            carry=carry, where=positions, low=low, past=past,
+    with cpu_threads(threads), _resumable(out) as stop:
+        facts = run(
+            model or options.DEFAULT_MODEL, out, minutes, recipe=recipe, prompts=told, device=device, seed=seed,
+            stop=lambda: stop.asked, ready=lambda: shell.say(begun),
         )  # fmt: skip
-        shell.say(f"training for {minutes:g} minutes, less what is done; numbers in {out / 'work' / 'metrics.jsonl'}")
-        source = model or options.DEFAULT_MODEL
-        facts = run(source, out, minutes, recipe=recipe, prompts=told, device=device, seed=seed)
     held = facts["held_out_distillation"]
     text = (
         f"{out / 'compressor'}: {facts['steps']} steps; on fresh takes {held['trained']:.4g} away from seeing the "
@@ -191,13 +198,38 @@ def compressor(
     shell.answer({"out": str(out), **facts}, text, as_json)
 
 
-def _check(minutes: dict[str, float], batch: int, threads: int | None, device: str) -> None:
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[shell.StopAsked]:
+    """Within `with`, the first Ctrl-C or SIGTERM is for the training to see, which then saves what it has; whatever
+    ends it, the user is told what is kept."""
+    from ..zoo.stages import Stopped
+
+    with shell.StopAsked("step") as stop:
+        try:
+            yield stop
+        except Stopped as kept:
+            shell.say(str(kept))
+            raise typer.Exit(stop.exit_code) from None
+        except KeyboardInterrupt:
+            kept_there = ", ".join(str(path) for path in sorted((out / "work").glob("*.pt")))
+            shell.say(
+                f"stopped at once; kept as of the last checkpoint, at most 90 seconds old: {kept_there}; the same "
+                "command goes on from there"
+                if kept_there
+                else "stopped at once, before the first checkpoint: nothing is kept"
+            )
+            raise typer.Exit(shell.INTERRUPTED) from None
+
+
+def _check(minutes: dict[str, float], batch: int, seed: int, threads: int | None, device: str) -> None:
     for name, value in minutes.items():
         if not (value >= LEAST_MINUTES and math.isfinite(value)):
             option = f"--{name}-minutes" if name else "--minutes"
             raise LongtakeError(f"{option} {value:g}: give each stage at least {LEAST_MINUTES:g}")
     if batch < 1:
         raise LongtakeError(f"--batch {batch}: give at least 1")
+    if not 0 <= seed < SEEDS:
+        raise LongtakeError(f"--seed {seed}: give a number from 0 to {SEEDS - 1}")
     shell.check_threads(threads)
     shell.check_device(device)
 
@@ -213,9 +245,9 @@ def _lines(path: Path) -> list[str]:
     try:
         told = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise LongtakeError(f"{path} cannot be read: {error}") from error
+        raise LongtakeError(f"--prompts {path} cannot be read: {error}") from error
     if not told:
-        raise LongtakeError(f"{path} is empty: give a text file with one prompt a line")
+        raise LongtakeError(f"--prompts {path} is empty: give a text file with one prompt a line")
     return told
 
 

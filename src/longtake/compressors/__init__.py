@@ -6,8 +6,9 @@ from .encoding import StreamingEncoder
 from .low_resolution import LowResolution
 from .mean_pool import MeanPool
 from .naming import parse
+from .reading import load_compressor
 
 __all__ = [
     "CARRIES", "POSITIONS", "STRIDE", "Compressor", "DualBranch", "Embedder", "LowResolution", "MeanPool",
-    "StreamingEncoder", "TakeState", "parse",
+    "StreamingEncoder", "TakeState", "load_compressor", "parse",
 ]  # fmt: skip

@@ -124,6 +124,9 @@ class Compressor(ABC):
                 base, step = (x.index_select(axis, torch.tensor(at, device=x.device)) for x in (base, step))
         return base.flatten(0, 2), step.flatten(0, 2)
 
+    def check(self, host: Any) -> None:  # noqa: B027 (one that was not trained fits any model)
+        """Raise LongtakeError if this compressor is not for this model."""
+
     def describe(self) -> dict[str, Any]:
         """What a snapshot says of it: a continuation needs the same."""
         return {"kind": type(self).__name__, "carry": self.carry, "positions": self.where}

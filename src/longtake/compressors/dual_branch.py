@@ -11,7 +11,7 @@ the last a pointwise projection. That projection starts at zero: an untrained co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):
         kernel: side of their kernels, odd; None makes it the stride, without padding (7.6 M parameters).
         low: what the low-resolution branch pools: "pixels", as published, or "latents", which needs no decoded frames.
         carry, where, streaming: see `Compressor` and `LowResolution`.
+        trained_for: `{"model": name, "weights": hosts.digest.weights_digest}`; None fits any model of its width.
     """
 
     config_name = "config.json"
@@ -49,7 +50,7 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):
     def __init__(
         self, latent_channels: int = 16, width: int = 1536, channels: Sequence[int] = CHANNELS,
         kernel: int | None = 3, low: str = "pixels", carry: str = "blocks", where: str = "midpoint",
-        streaming: bool = True,
+        streaming: bool = True, trained_for: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_settings(carry, where)
@@ -75,6 +76,26 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):
         channels = tuple(max(16, n * width // 1536) for n in CHANNELS)
         return cls(latent_channels=latent_channels, width=width, channels=channels, **settings)
 
+    def check(self, host: Any) -> None:
+        """Raise LongtakeError for a model of other sizes than this one's, or of other weights than it was trained
+        for."""
+        settings = getattr(getattr(host, "transformer", None), "config", None)
+        if not isinstance(settings, Mapping) or "attention_head_dim" not in settings:
+            raise LongtakeError(f"a trained compressor is for causal Wan models: {host.name} is none")
+        theirs = settings["in_channels"], settings["num_attention_heads"] * settings["attention_head_dim"]
+        ours = self.config["latent_channels"], self.config["width"]
+        if ours != theirs:
+            raise LongtakeError(
+                f"{self._called()} is for models of {ours[0]} latent channels and width {ours[1]}: {host.name} has "
+                f"{theirs[0]} and {theirs[1]}; train one for it, or leave it away"
+            )
+        made_for = self.config["trained_for"]
+        if made_for and (found := host.weights_digest()) != made_for["weights"]:
+            raise LongtakeError(
+                f"{self._called()} was trained for another model: {made_for['model']} (weights {made_for['weights']}), "
+                f"not {host.name} (weights {found}); train one for it, or leave it away"
+            )
+
     def compress(
         self, latents: Tensor, pixels: Tensor | None, state: TakeState, model: Embedder, geometry: Geometry
     ) -> tuple[Tensor, TakeState]:
@@ -93,6 +114,10 @@ class DualBranch(ModelMixin, ConfigMixin, Compressor):
         if x.shape[2] != grid[0]:
             x = functional.adaptive_avg_pool3d(x, grid)
         return x.flatten(2).transpose(1, 2)
+
+    def _called(self) -> str:
+        folder = self.config.get("_name_or_path")
+        return f"compressor {folder}" if folder else "this compressor"
 
     def describe(self) -> dict[str, Any]:
         """Settings and a fingerprint of the weights."""

@@ -13,7 +13,8 @@ The table changes in `apply` and `commit` only, never while layers run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,21 @@ from .store import Store, Sums
 from .view import Buffers, LayerView, Live, Positions, View
 
 RESIDENCIES = ("resident", "scratch", "alias")
+
+
+@contextlib.contextmanager
+def _told_in_one_line(rows: int) -> Iterator[None]:
+    """A history of `rows` tokens that host memory has no room for is the user's to change. What a device says of its
+    own memory stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise LongtakeError(
+            f"a history of {rows} tokens is more memory than this machine gives: let the policy hold less (a smaller "
+            "archive, fewer frames), or make a smaller picture"
+        ) from error
 
 
 class History:
@@ -70,10 +86,14 @@ class History:
         live = live_tokens or shape.chunk_tokens
         rows = capacity + shape.anchor_tokens if capacity is not None else 8 * live + shape.anchor_tokens
         sums = (shape.layers, shape.batch, shape.kv_heads, shape.head_dim)
-        self.sums = {s: Sums(summed, sums, self.device) for s in streams}
-        self.stores = {s: self._new_store(rows, s) for s in streams}
+        away, shown_away = offloaded
         shown = visible + shape.anchor_tokens if self.fixed and visible is not None else rows
-        self.buffers = Buffers(shape, streams, residency, shown, dtype, self.device)
+        with _told_in_one_line(rows + away):
+            self.sums = {s: Sums(summed, sums, self.device) for s in streams}
+            self.stores = {s: self._new_store(rows, s) for s in streams}
+            self.buffers = Buffers(shape, streams, residency, shown, dtype, self.device)
+            self.archives = {s: self._new_store(away, s, host=True) for s in streams} if away else {}
+            self.staging = {s: Staging(shape, shown_away, dtype, self.device, self.form) for s in self.archives}
         self.blocks: list[Block] = []
         self.frames_seen = 0
         self._next_id = 0
@@ -81,9 +101,6 @@ class History:
         self.probe: Callable[[str, int, bool, list[LayerView]], None] | None = None
         self._live: dict[int, Live] = {}
         self._fusing: list[tuple[Fuse, int, dict[str, Fusing]]] = []
-        away, shown_away = offloaded
-        self.archives = {s: self._new_store(away, s, host=True) for s in streams} if away else {}
-        self.staging = {s: Staging(shape, shown_away, dtype, self.device, self.form) for s in self.archives}
         self.views = {
             s: View(
                 s, store, rotary, self.buffers, self._live, score, key_sums, query_sums, self.archives.get(s),

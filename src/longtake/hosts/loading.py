@@ -137,7 +137,7 @@ def _from_folder(
     from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from ..compressors import DualBranch
+    from ..compressors import load_compressor
 
     if after_encoding not in TEXT_ENCODER_FATES:
         raise LongtakeError(f"text_encoder={after_encoding!r}: use one of {', '.join(TEXT_ENCODER_FATES)}")
@@ -160,11 +160,10 @@ def _from_folder(
         if (folder / "text_encoder").is_dir():
             text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", **options)
-        compressor = None
-        if (folder / "compressor").is_dir():
-            compressor = DualBranch.from_pretrained(folder, subfolder="compressor", torch_dtype=dtype, **options)
     except Exception as error:  # loaders raise anything from OSError to SafetensorError
         raise LongtakeError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    own = (folder / "compressor").is_dir()
+    compressor = load_compressor(folder / "compressor", torch_dtype=dtype) if own else None
     for part in (transformer, vae, text_encoder, compressor):
         if part is not None:
             part.requires_grad_(False).eval()
@@ -172,10 +171,13 @@ def _from_folder(
     for part in (vae, compressor):
         if part is not None:
             part.to(device)
-    return kind(
+    host = kind(
         transformer, config, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, name=name,
         after_encoding=after_encoding, compressor=compressor,
     )  # fmt: skip
+    if compressor is not None:
+        compressor.check(host)
+    return host
 
 
 def _from_pipeline(pipe: Any, causal: bool | str | None) -> Host:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import LongtakeError
 from ..plan import FULL, BlockTable, Drop, Entry, HistoryShape, Plan, Signals
+from .fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class KVPolicy(ABC):
     # compressed forms.
     requires: ClassVar[frozenset[str]] = frozenset()
     prompt_switch: ClassVar[str] = "keep"  # how a session takes up a new prompt unless it is told (`Session.switch`)
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for an option that is not of its field's type. Policies that check more call this."""
+        check_fields(self)
 
     @abstractmethod
     def plan(self, table: BlockTable, signals: Signals) -> Plan:

@@ -35,6 +35,7 @@ class DeepForcing(KVPolicy):
     name: ClassVar[str] = "deep-forcing"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frames < 1 or self.sink < 0 or self.recent < 0 or self.top < 1:
             raise LongtakeError(
                 f"deep-forcing: frames={self.frames}, sink={self.sink}, recent={self.recent}, top={self.top}: "

@@ -41,6 +41,7 @@ class DummyForcing(KVPolicy):
     moment: ClassVar[str | None] = "commit"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.dummy <= 1 or self.local < 1 or self.after < 1:
             raise LongtakeError(
                 f"dummy-forcing: dummy={self.dummy:g}, local={self.local}, after={self.after}: dummy in [0, 1], local "

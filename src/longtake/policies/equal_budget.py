@@ -26,6 +26,7 @@ class LastFrames(SlotPolicy):
     name: ClassVar[str] = "last-frames"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frames < 1:
             raise LongtakeError(f"{self.name} of {self.frames} frames: keep at least 1")
 
@@ -79,6 +80,7 @@ class Uniform(SlotPolicy):
     name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.history_frames < 0 or self.max_frames < 1 or (self.budget_tokens or 0) < 0:
             raise LongtakeError(
                 f"uniform: {self.history_frames:g} frames over {self.max_frames}: history_frames ≥ 0, max_frames ≥ 1, "

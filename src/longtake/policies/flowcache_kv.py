@@ -51,6 +51,7 @@ class FlowCacheKV(KVPolicy):
     name: ClassVar[str] = "flowcache"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.chunks < 2:
             raise LongtakeError(f"chunks={self.chunks}: hold 2 chunks or more, one in flight and one of the past")
         if not 0 <= self.mix <= 1:

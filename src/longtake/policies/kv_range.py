@@ -25,6 +25,7 @@ class KVRange(KVPolicy):
     name: ClassVar[str] = "kv-range"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parts = self.ranges.split("/")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or self.clean < 1:
             raise LongtakeError(

@@ -52,6 +52,7 @@ class PackCache(SlotPolicy):
     name: ClassVar[str] = "packcache"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.history_frames < 0 or self.max_frames < 1 or (self.budget_tokens or 0) < 0:
             raise LongtakeError(
                 f"PackCache of {self.history_frames:g} frames over {self.max_frames}: history_frames ≥ 0, "

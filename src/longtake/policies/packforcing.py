@@ -65,6 +65,7 @@ class PackForcing(KVPolicy):
     name: ClassVar[str] = "packforcing"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("sink", "recent", "top_k", "archive"):
             if getattr(self, field) < 0:
                 raise LongtakeError(f"packforcing: {field}={getattr(self, field)}: give 0 chunks or more")

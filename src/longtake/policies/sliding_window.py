@@ -25,6 +25,7 @@ class SlidingWindow(KVPolicy):
     name: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frames < 1 or self.sink < 0:
             raise LongtakeError(f"window of {self.frames} frames with sink {self.sink}: frames ≥ 1 and sink ≥ 0")
         if self.positions not in ("absolute", "slots"):

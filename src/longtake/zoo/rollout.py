@@ -10,7 +10,7 @@ Letters: B takes, L layers, N tokens, H heads, D head dim.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -193,5 +193,22 @@ class Rollout:
 def check_policy(policy: KVPolicy, shape: HistoryShape) -> None:
     """Raise LongtakeError if no compressor can be trained with this policy."""
     if "compressed" not in policy.requires:
-        raise LongtakeError(f"policy {policy.name} has no use for a compressor: give one that has, such as packforcing")
+        raise LongtakeError(
+            f"policy {policy.name or type(policy).__name__} has no use for a compressor{_because(policy)}"
+        )
     policy.check(shape)
+
+
+def _because(policy: KVPolicy) -> str:
+    """What to do, with the option that keeps a policy from compressing if it is one."""
+    for field in fields(policy):
+        usual = field.default
+        if usual is MISSING or getattr(policy, field.name) == usual:
+            continue
+        try:
+            if "compressed" in replace(policy, **{field.name: usual}).requires:
+                given = f"{field.name}={getattr(policy, field.name)}"
+                return f" with {given}: leave that away, or give {field.name}={usual}"
+        except LongtakeError:  # it goes with another option only
+            continue
+    return ": give one that has, such as packforcing"

@@ -23,7 +23,7 @@ from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.hosts.lumos.sequence import FIXED, MASKED, OPENING, frame_ids, frame_positions, header, text_positions
 from longtake.rope import RotaryTable, mm_rope_table
 from longtake.zoo import lanes, tiny_text
-from longtake.zoo.stages import Stage
+from longtake.zoo.stages import Stage, Stop, begun_with, go_on, read_checkpoint
 from longtake.zoo.tiny_lumos_clips import ROWS, WINDOW, Library, Window
 from longtake.zoo.tiny_lumos_learning import optimizers
 from longtake.zoo.tiny_lumos_tokenizer import LEVELS
@@ -106,8 +106,9 @@ def merge_digits(model: LumosForVideoGeneration) -> None:
 
 
 def train(
-    folder: Path, tokenizer: FSQTokenizer, minutes: float, device: str, seed: int, batch: int, start: Path | None = None
-) -> LumosForVideoGeneration:
+    folder: Path, tokenizer: FSQTokenizer, minutes: float, device: str, seed: int, batch: int,
+    start: Path | None = None, stop: Stop = go_on,
+) -> LumosForVideoGeneration:  # fmt: skip
     """Windows of five latent frames, then of eight. `start` is the checkpoint of another training to begin with."""
     torch.manual_seed(seed)
     model = build().to(device)
@@ -115,7 +116,10 @@ def train(
     model.to(device)
     if start is not None:
         _load(start, model, device)
-    stage = Stage("transformer", folder, {"model": model}, minutes, RATE, optimizers=optimizers(model, OUTER, RATE))
+    stage = Stage(
+        "transformer", folder, {"model": model}, minutes, RATE, optimizers=optimizers(model, OUTER, RATE),
+        recipe={"seed": seed, "batch": batch, "begin": begun_with(start)}, stop=stop,
+    )  # fmt: skip
     library = Library(tokenizer, seed + stage.steps)
     library.grow(FIRST_FILMS)
     words = text_tokenizer()
@@ -251,7 +255,7 @@ def _reworded(caption: str, rng: np.random.Generator) -> str:
 
 def _load(checkpoint: Path, model: LumosForVideoGeneration, device: str) -> None:
     # a stage's averaged weights
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    state = read_checkpoint(checkpoint, device)
     model.load_state_dict(state["modules"]["model"])
     with torch.no_grad():
         torch._foreach_copy_(list[Tensor](model.parameters()), state["average"])

@@ -7,7 +7,7 @@ import torch
 
 from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.zoo import lanes, tiny_vae
-from longtake.zoo.stages import Stage
+from longtake.zoo.stages import Stage, Stop, go_on
 from longtake.zoo.tiny_lumos_learning import optimizers
 
 LEVELS = (8, 8, 6, 5)
@@ -28,13 +28,14 @@ def build() -> FSQTokenizer:
     return tokenizer
 
 
-def train(folder: Path, minutes: float, device: str, seed: int) -> FSQTokenizer:
+def train(folder: Path, minutes: float, device: str, seed: int, stop: Stop = go_on) -> FSQTokenizer:
     """Reconstruction alone (squared error, what moves or is vivid five times); short clips first, then long ones."""
     torch.manual_seed(seed)
     tokenizer = build().to(device)
     stage = Stage(
-        "tokenizer", folder, {"tokenizer": tokenizer}, minutes, RATE, optimizers=optimizers(tokenizer, OUTER, RATE)
-    )
+        "tokenizer", folder, {"tokenizer": tokenizer}, minutes, RATE, optimizers=optimizers(tokenizer, OUTER, RATE),
+        recipe={"seed": seed}, stop=stop,
+    )  # fmt: skip
     for share in stage:
         rng = np.random.default_rng([seed, stage.steps])
         # Both halves carry state from frame to frame: without long clips in training they wear out on long videos.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from longtake.zoo import causal, tiny_text
 from longtake.zoo.clips import CHUNK, Batch, Library
-from longtake.zoo.stages import Stage
+from longtake.zoo.stages import Stage, Stop, begun_with, go_on, read_checkpoint
 
 TIMESTEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
@@ -56,6 +56,7 @@ def train(
     seed: int,
     batch: int,
     start: Path | None = None,
+    stop: Stop = go_on,
 ) -> tuple[WanTransformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
     """Teacher forcing on windows of seven chunks of `variant` (short or long); text encoder and transformer learn
     together. Stage "many" learns every noise level; stage "few" learns the sampler's four levels, on histories that are
@@ -69,7 +70,10 @@ def train(
     few, name = stage_name == "few", f"{variant}-{stage_name}"
     if start is not None:
         load(start, modules, device)
-    stage = Stage(name, folder, modules, minutes, 1.5e-3 if few else 3e-3)
+    stage = Stage(
+        name, folder, modules, minutes, 1.5e-3 if few else 3e-3,
+        recipe={"seed": seed, "batch": batch, "begin": begun_with(start, folder)}, stop=stop,
+    )  # fmt: skip
     library = Library(vae, variant, seed + stage.steps)
     library.grow(FIRST_FILMS)
     for share in stage:
@@ -88,7 +92,7 @@ def train(
 
 def load(checkpoint: Path, modules: dict[str, torch.nn.Module], device: str = "cpu") -> None:
     """Put a stage's averaged weights into modules."""
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    state = read_checkpoint(checkpoint, device)
     for key, module in modules.items():
         module.load_state_dict(state["modules"][key])
     parameters = [p for module in modules.values() for p in module.parameters()]

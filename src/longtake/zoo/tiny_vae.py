@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock, unpatchify
 
 from longtake.zoo import lanes
-from longtake.zoo.stages import Stage
+from longtake.zoo.stages import Stage, Stop, go_on
 
 Z_DIM = 16
 KL_WEIGHT = 2e-5
@@ -56,11 +56,11 @@ def to_pixels(video: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(video).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def train(folder: Path, minutes: float, device: str, seed: int) -> AutoencoderKLWan:
+def train(folder: Path, minutes: float, device: str, seed: int, stop: Stop = go_on) -> AutoencoderKLWan:
     """Reconstruction (squared error) with a faint KL term; short clips first, then clips of up to 33 frames."""
     torch.manual_seed(seed)
     vae = build().to(device)
-    stage = Stage("vae", folder, {"vae": vae}, minutes, 4e-3)
+    stage = Stage("vae", folder, {"vae": vae}, minutes, 4e-3, recipe={"seed": seed}, stop=stop)
     for share in stage:
         rng = np.random.default_rng([seed, stage.steps])
         # Both halves carry state from frame to frame: without long clips in training they wear out on long videos.
@@ -77,12 +77,12 @@ def train(folder: Path, minutes: float, device: str, seed: int) -> AutoencoderKL
     return vae
 
 
-def refine(folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, seed: int) -> None:
+def refine(folder: Path, vae: AutoencoderKLWan, minutes: float, device: str, seed: int, stop: Stop = go_on) -> None:
     """Train the decoder alone, on the latents that the transformer will learn, dirtied a little as it will do."""
     vae.requires_grad_(True)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    stage = Stage("decoder", folder, {"vae": vae}, minutes, 3e-3)
+    stage = Stage("decoder", folder, {"vae": vae}, minutes, 3e-3, recipe={"seed": seed}, stop=stop)
     std = _per_channel(vae, "latents_std")
     for _ in stage:
         rng = np.random.default_rng([seed, 2, stage.steps])

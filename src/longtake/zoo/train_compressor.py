@@ -7,9 +7,11 @@ the compressor will serve. Without score models the loss is self-distillation, w
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from ..compressors import CARRIES, DualBranch
+from ..compressors.reading import WEIGHTS
 from ..errors import LongtakeError
 from ..hosts.loading import embedded, load
 from ..hosts.wan import CausalWan
+from ..named import spec
 from ..policies import FullHistory, KVPolicy, parse
 from ..samplers.chunked import Schedule
 from ..session import history_shape
@@ -31,7 +35,7 @@ from . import lanes
 from .clips import CHUNKS, Library
 from .lora import Adapter
 from .rollout import Rollout, check_policy
-from .stages import Stage, circumstances
+from .stages import Setting, Stage, Stop, as_the_folder, circumstances, go_on
 
 DISTILL_RATE, DMD_RATE, CRITIC_RATE = 2e-3, 2e-6, 1e-6
 GUIDANCE = 3.0  # s of DMD; a conventional scale of 4
@@ -62,6 +66,15 @@ class Recipe:
     where: str = "midpoint"
     low: str = "pixels"
     past: str = PASTS[0]
+
+    def options(self, policy: str, rate: float) -> dict[str, Setting]:
+        """What a training may not change half-way, by the names of the options; `policy` written in full."""
+        folder = lambda path: None if path is None else (str(path.expanduser().resolve()), str(path))
+        return {
+            "chunks": self.chunks, "batch": self.batch, "policy": policy, "real-score": folder(self.real),
+            "fake-score": folder(self.fake), "lora-rank": self.lora, "rate": rate, "carry": self.carry,
+            "positions": self.where, "low": self.low, "past": self.past,
+        }  # fmt: skip
 
 
 class Critic:
@@ -108,8 +121,9 @@ class Trainer:
         self.real = self.critic = self.no_text = None
         if recipe.real is not None:
             self.no_text = host.encode_prompt([""]) if host.text_encoder is not None else torch.zeros_like(embeds[:1])
-            self.real = self._score(recipe.real, host.dtype).eval().requires_grad_(False)
-            self.critic = Critic(self._score(recipe.fake or recipe.real, torch.float32))
+            self.real = self._score("real", recipe.real, host.dtype).eval().requires_grad_(False)
+            fake = ("fake", recipe.fake) if recipe.fake is not None else ("real", recipe.real)
+            self.critic = Critic(self._score(*fake, torch.float32))
         host.prompts_encoded()
         host.transformer.requires_grad_(False)
         self.adapter = Adapter(host.transformer, recipe.lora) if recipe.lora else None
@@ -195,14 +209,17 @@ class Trainer:
 
     def _library(self, seed: int) -> Library:
         if self.critic is not None:
-            raise LongtakeError("films are for self-distillation: leave the score models away")
+            raise LongtakeError("--past films is for self-distillation: leave --real-score away")
         if self.host.config.world != lanes.WORLD or self.host.vae is None:
             raise LongtakeError(
                 f"{self.host.name} was not trained on the procedural world, so there are no films for it: let rollouts "
                 "remember their own chunks (--past own)"
             )
         if self.recipe.chunks > CHUNKS:
-            raise LongtakeError(f"films have {CHUNKS} chunks: a rollout of {self.recipe.chunks} is too long")
+            raise LongtakeError(
+                f"--past films: films have {CHUNKS} chunks, a rollout of {self.recipe.chunks} is too long; give "
+                f"--chunks {CHUNKS}"
+            )
         return Library(self.host.vae, "short", seed)
 
     def _rollout(self, embeds: Tensor) -> Rollout:
@@ -216,7 +233,7 @@ class Trainer:
 
         return draw
 
-    def _score(self, folder: Path, dtype: torch.dtype) -> Any:
+    def _score(self, option: str, folder: Path, dtype: torch.dtype) -> Any:
         """A many-step Wan model: a model folder, its transformer's folder, or the name of an embedded model."""
         folder = embedded().get(str(folder), folder)
         inner = folder / "transformer"
@@ -225,13 +242,13 @@ class Trainer:
                 inner if inner.is_dir() else folder, torch_dtype=dtype, local_files_only=True
             )
         except Exception as error:  # loaders raise anything from OSError to SafetensorError
-            raise LongtakeError(f"score model {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise LongtakeError(f"--{option}-score {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         ours, theirs = self.host.transformer.config, model.config
         for name in ("in_channels", "text_dim"):
             if ours[name] != theirs[name]:
                 raise LongtakeError(
-                    f"score model {folder} has {name} {theirs[name]}, {self.host.name} has {ours[name]}: give one with "
-                    "the same VAE and text encoder"
+                    f"--{option}-score {folder} has {name} {theirs[name]}, {self.host.name} has {ours[name]}: give one "
+                    "with the same VAE and text encoder"
                 )
         return model.to(self.host.device)
 
@@ -245,8 +262,8 @@ class Trainer:
                     return
                 probe.commit(self._noise(torch.Generator())(1))
         raise LongtakeError(
-            f"in {self.recipe.chunks} chunks policy {self.recipe.policy} shows no compressed ones: give more chunks, "
-            "or a policy with a smaller sink"
+            f"--chunks {self.recipe.chunks}: so soon policy {self.recipe.policy} shows no compressed chunks; give more "
+            "chunks, or a --policy with a smaller sink"
         )
 
 
@@ -267,23 +284,30 @@ class _Unadapted(Rollout):
 
 def train(
     source: str | Path | CausalWan, out: Path, minutes: float, *, recipe: Recipe | None = None,
-    prompts: Sequence[str] | Tensor = (), device: str = "cpu", seed: int = 0,
+    prompts: Sequence[str] | Tensor = (), device: str = "cpu", seed: int = 0, stop: Stop = go_on,
+    ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, or go on training, a compressor for the model `source`, and write it to `out`/compressor.
 
+    `ready` is called when everything is checked and the first step comes; before it nothing is written. `stop` ends the
+    training after a step, by `Stopped`.
+
     prompts: what the takes are about, or their embeddings [prompts, T, d]; default the model's own examples.
-    Returns what `out`/training.json says. Raises LongtakeError for a model, policy or score model that does not fit."""
+    Returns what `out`/training.json says. Raises LongtakeError for a model, policy or score model that does not fit,
+    and for an `out` that holds a training of other settings."""
     recipe = recipe or Recipe()
     begun = time.monotonic()
+    policy = parse(recipe.policy)
     host = source if isinstance(source, CausalWan) else load(source, device=device)
-    if not isinstance(host, CausalWan):
-        raise LongtakeError(f"{host.name} is not a causal Wan model: compressors are trained for those only")
+    if not isinstance(host, CausalWan) or not host.config.timesteps or host.config.sampler != "chunked":
+        raise LongtakeError(
+            f"{host.name} is not a few-step causal Wan model: compressors are trained for those only, such as tiny-wan"
+        )
     if not len(prompts):
         prompts = host.config.prompts
     if not len(prompts):
         raise LongtakeError(f"{host.name} names no prompts of its own: give some (--prompts FILE, one a line)")
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    work, weights, digest = out / "work", host.weights_digest(), _digest(prompts)
     torch.manual_seed(seed)
     trainer = Trainer(host, recipe, prompts)
     rate = recipe.rate or (DISTILL_RATE if trainer.critic is None else DMD_RATE)
@@ -291,7 +315,17 @@ def train(
         "compressor", work, trainer.modules(), minutes, rate,
         optimizers=None if trainer.critic is None else _published(rate),
         beside={} if trainer.critic is None else {"critic": trainer.critic},
+        recipe={
+            "model": (weights, host.name), "prompts": (digest, f"{len(prompts)} ({digest})"), "seed": seed,
+            **recipe.options(spec(policy), rate),
+        },
+        stop=stop,
     )  # fmt: skip
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtakeError(f"cannot make folder {work}: {error.strerror}; give another --out") from error
+    ready()
     for _ in _turns(stage):
         loss, numbers = trainer.loss(seed, stage.steps)
         stage.step(loss, **numbers)
@@ -304,11 +338,31 @@ def train(
         "last_call_minutes": round((time.monotonic() - begun) / 60, 1),
         "held_out_distillation": trainer.judge(),
     }  # fmt: skip
-    trainer.compressor.save_pretrained(out / "compressor")
+    if trainer.adapter is None:  # an adapter makes another model of it, which convert has yet to write
+        trainer.compressor.register_to_config(trained_for={"model": host.name, "weights": weights})
+    _export(trainer, out, facts)
+    return facts
+
+
+def _export(trainer: Trainer, out: Path, facts: dict[str, Any]) -> None:
+    """Write the result; a cut-off write leaves no half of it under its name."""
+    new, folder = out / "compressor.new", out / "compressor"
+    shutil.rmtree(new, ignore_errors=True)
+    trainer.compressor.save_pretrained(new)
+    as_the_folder([new / WEIGHTS], new / "config.json")
+    if folder.exists():
+        shutil.rmtree(folder)
+    new.rename(folder)
     if trainer.adapter is not None:
         trainer.adapter.save(out / "lora.safetensors")
+        as_the_folder([out / "lora.safetensors"], folder / "config.json")
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return facts
+
+
+def _digest(prompts: Sequence[str] | Tensor) -> str:
+    told = isinstance(prompts, Tensor)
+    content = prompts.detach().cpu().float().numpy().tobytes() if told else "\n".join(prompts).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _turns(stage: Stage) -> Iterator[float]:

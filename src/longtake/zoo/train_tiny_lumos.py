@@ -19,7 +19,7 @@ from longtake.hosts.lumos import LumosForVideoGeneration
 from longtake.hosts.lumos.fsq_tokenizer import FSQTokenizer
 from longtake.hosts.lumos.loading import OWN_TOKENIZER
 from longtake.zoo import lanes, tiny_lumos, tiny_lumos_tokenizer, tiny_vae
-from longtake.zoo.stages import circumstances
+from longtake.zoo.stages import Stop, as_the_folder, circumstances, go_on
 from longtake.zoo.tiny_lumos_clips import WINDOW
 
 STEPS = 16  # of mask decoding, a latent frame
@@ -42,6 +42,7 @@ def train(
     device: str = "cpu",
     seed: int = 0,
     batch: int = 1,
+    stop: Stop = go_on,
 ) -> dict[str, object]:
     """Run or resume both stages and write the model folder `out`; returns what `training.json` says.
 
@@ -52,7 +53,7 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     start = None
     if begin is None:
-        tokenizer = tiny_lumos_tokenizer.train(work, minutes["tokenizer"], device, seed)
+        tokenizer = tiny_lumos_tokenizer.train(work, minutes["tokenizer"], device, seed, stop)
     else:
         start = begin / "work" / "transformer.pt"
         try:
@@ -64,7 +65,7 @@ def train(
         tokenizer.to(device, torch.float32).eval().requires_grad_(False)
     score = round(tokenizer_psnr(tokenizer), 2)
     save_tokenizer(out, tokenizer)
-    model = tiny_lumos.train(work, tokenizer, minutes["transformer"], device, seed, batch, start)
+    model = tiny_lumos.train(work, tokenizer, minutes["transformer"], device, seed, batch, start, stop)
     rows = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
     facts: dict[str, object] = {
         **circumstances(device),
@@ -97,8 +98,7 @@ def export(out: Path, model: LumosForVideoGeneration, words: PreTrainedTokenizer
         height=lanes.SIZE, width=lanes.SIZE, text_tokens=tiny_lumos.TEXT_TOKENS, training_frames=WINDOW,
         history_mask=tiny_lumos.FLOOR, prompts=PROMPTS, about=ABOUT, world=lanes.WORLD,
     )  # fmt: skip
-    for path in out.rglob("*.safetensors"):
-        path.chmod(0o644)
+    as_the_folder(out.rglob("*.safetensors"), out / "config.json")
     for name, content in ((CONFIG_NAME, settings.as_dict()), ("training.json", facts)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -28,7 +28,7 @@ from longtake.hosts.base import CONFIG_NAME, HostConfig
 from longtake.hosts.skyreels import FIRST_LEVEL, shifted
 from longtake.zoo import forcing, lanes, tiny_text, tiny_transformer, tiny_vae
 from longtake.zoo.clips import CHUNK, Batch, Library
-from longtake.zoo.stages import Stage, circumstances
+from longtake.zoo.stages import Stage, Stop, as_the_folder, begun_with, circumstances, go_on
 from longtake.zoo.train_tiny_wan import PROMPTS
 
 STEPS = 50
@@ -72,6 +72,7 @@ def train(
     seed: int = 0,
     batch: int = 2,
     films: int = tiny_transformer.FIRST_FILMS,
+    stop: Stop = go_on,
 ) -> dict[str, object]:
     """Run or resume the training and write the pipeline folder `out`; returns what `training.json` says.
 
@@ -79,11 +80,12 @@ def train(
     work/…-many.pt are taken. `films` are encoded before the first step. Raises LongtakeError if they are not there.
     """
     begun, work = time.monotonic(), out / "work"
+    vae, transformer, encoder, tokens, start = _begun(begin, device)
     work.mkdir(parents=True, exist_ok=True)
-    vae, transformer, encoder, tokens = _begun(begin, device)
     torch.manual_seed(seed)
     modules: dict[str, torch.nn.Module] = {"transformer": transformer, "encoder": encoder}
-    stage = Stage("forcing", work, modules, minutes, RATE)
+    recipe = {"seed": seed, "batch": batch, "begin": begun_with(start)}
+    stage = Stage("forcing", work, modules, minutes, RATE, recipe=recipe, stop=stop)
     if stage.used < stage.minutes * 60:
         library = Library(vae, "short", seed + stage.steps)
         library.grow(films)
@@ -131,15 +133,14 @@ def export(
         sampler="staggered", steps=STEPS, lag=LAG, overlap=OVERLAP, condition_noise=CONDITION_NOISE,
         reuse="tiny-skyreels", prompts=PROMPTS, about=ABOUT, world=lanes.WORLD,
     )  # fmt: skip
-    for path in out.glob("*/*.safetensors"):
-        path.chmod(0o644)
+    as_the_folder(out.glob("*/*.safetensors"), out / "model_index.json")
     for name, content in ((CONFIG_NAME, settings.as_dict()), ("training.json", facts)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _begun(
     begin: Path, device: str
-) -> tuple[AutoencoderKLWan, SkyReelsV2Transformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast]:
+) -> tuple[AutoencoderKLWan, SkyReelsV2Transformer3DModel, UMT5EncoderModel, PreTrainedTokenizerFast, Path]:
     tokens = tiny_text.tokenizer()
     encoder = tiny_text.build(len(tokens)).to(device)
     try:
@@ -154,7 +155,7 @@ def _begun(
         tiny_transformer.load(start, {"transformer": wan, "encoder": encoder}, device)
     except (OSError, RuntimeError, KeyError) as error:
         raise LongtakeError(f"{start} is no checkpoint of this version's tiny-wan: train it anew") from error
-    return vae.to(device).requires_grad_(False), build(wan).to(device), encoder, tokens
+    return vae.to(device).requires_grad_(False), build(wan).to(device), encoder, tokens, start
 
 
 def _loss(

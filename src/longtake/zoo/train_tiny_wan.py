@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from longtake.errors import LongtakeError
 from longtake.zoo import lanes, tiny_text, tiny_transformer, tiny_vae
 from longtake.zoo.clips import CHUNK
-from longtake.zoo.stages import circumstances
+from longtake.zoo.stages import Stop, as_the_folder, circumstances, go_on
 
 VARIANTS = ("short", "long")
 PROMPTS = (
@@ -40,6 +40,7 @@ def train(
     device: str = "cpu",
     seed: int = 0,
     batch: int = 2,
+    stop: Stop = go_on,
 ) -> dict[str, object]:
     """Run or resume every stage and write the pipeline folder `out`; returns what `training.json` says.
 
@@ -50,9 +51,9 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     common = device, seed, batch
     if begin is None:
-        vae = tiny_vae.train(work, minutes["vae"], device, seed)
-        tiny_vae.refine(work, vae, minutes["decoder"], device, seed)
-        many, *_ = tiny_transformer.train(work, vae, variant, "many", minutes["many"], *common)
+        vae = tiny_vae.train(work, minutes["vae"], device, seed, stop)
+        tiny_vae.refine(work, vae, minutes["decoder"], device, seed, stop)
+        many, *_ = tiny_transformer.train(work, vae, variant, "many", minutes["many"], *common, stop=stop)
         many.half().save_pretrained(out / "many-steps", safe_serialization=True)
         start = work / f"{variant}-many.pt"
     else:
@@ -63,7 +64,7 @@ def train(
             raise LongtakeError(f"{begin} is no finished training: give an --out of `longtake train`") from error
         vae.to(device).requires_grad_(False)
     transformer, encoder, tokens = tiny_transformer.train(
-        work, vae, variant, "few", minutes["few"], *common, start=start
+        work, vae, variant, "few", minutes["few"], *common, start=start, stop=stop
     )
     facts: dict[str, object] = {
         **circumstances(device),
@@ -113,8 +114,7 @@ def export(
         "about": ABOUT.format(variant=variant),
         "world": lanes.WORLD,
     }
-    for path in out.glob("*/*.safetensors"):
-        path.chmod(0o644)
+    as_the_folder(out.glob("*/*.safetensors"), out / "model_index.json")
     for name, content in (("longtake.json", description), ("training.json", facts)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 
