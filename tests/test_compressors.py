@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -371,6 +372,36 @@ def test_weights_are_known_again_in_another_precision_and_layout_and_told_from_t
         change(changed)
         assert weights_digest(changed) != digest
     assert weights_digest(torch.nn.Linear(2, 2, bias=False)) != digest
+
+
+def test_the_document_s_example_runs(tmp_path, capsys):
+    document = Path(__file__).parents[1] / "docs" / "compressor.md"
+    example = document.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    DualBranch.sized(16, 128).save_pretrained(tmp_path / "compressor")
+    assert "runs/compressor" in example
+    exec(example.replace("runs/compressor", str(tmp_path)).replace("seconds=3", "seconds=0.5"), {})
+    assert capsys.readouterr().out.startswith("0 ")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["-p", "window", "--compressor", "mean-pool"], "does not compress; give one that does"),
+        (["--compressor", "mean-pool"], "policy window:.* does not compress"),
+        (["-p", "packforcing", "--compressor", ""], "an empty name is no compressor"),
+        (["-p", "packforcing", "--compressor", "DIR", "-m", "tiny-shapes"], "was trained for another model: mine"),
+    ],
+)
+def test_a_compressor_that_the_command_cannot_use_is_refused(options, word, tmp_path):
+    from typer.testing import CliRunner
+
+    from longtake.cli import app
+
+    made_for = {"model": "mine", "weights": "0" * 16}
+    DualBranch.sized(16, 128, trained_for=made_for).save_pretrained(tmp_path / "c")
+    told = [str(tmp_path / "c") if option == "DIR" else option for option in options]
+    made = CliRunner().invoke(app, ["generate", "a ball", "-o", str(tmp_path / "v.mp4"), *told])
+    assert made.exit_code == 2 and re.search(word, " ".join(made.output.split())), made.output
 
 
 def test_what_comes_with_longtake_still_fits():
