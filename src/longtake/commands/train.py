@@ -174,10 +174,10 @@ def compressor(
     from ..zoo.train_compressor import PASTS, Recipe
     from ..zoo.train_compressor import train as run
 
-    for option, value, known in (
+    for option, choice, known in (
         ("carry", carry, CARRIES), ("positions", positions, POSITIONS), ("low", low, LOWS), ("past", past, PASTS),
     ):  # fmt: skip
-        shell.check_choice(value, f"--{option}", known)
+        shell.check_choice(choice, f"--{option}", known)
     recipe = Recipe(
         chunks=chunks, batch=batch, policy=policy, real=real_score, fake=fake_score, lora=lora_rank, rate=rate,
         carry=carry, where=positions, low=low, past=past,

@@ -360,8 +360,10 @@ def _export(trainer: Trainer, out: Path, facts: dict[str, Any]) -> None:
 
 
 def _digest(prompts: Sequence[str] | Tensor) -> str:
-    told = isinstance(prompts, Tensor)
-    content = prompts.detach().cpu().float().numpy().tobytes() if told else "\n".join(prompts).encode()
+    if isinstance(prompts, Tensor):
+        content = prompts.detach().cpu().float().numpy().tobytes()
+    else:
+        content = "\n".join(prompts).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
