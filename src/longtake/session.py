@@ -99,7 +99,10 @@ class Session:
         self.policy = policy or default_policy(self.host)
         self.reuse = (reuse or NoReuse()).for_model(self.host.reuse_preset)
         if not isinstance(compressor, Compressor | None):
-            raise LongtakeError(f"compressor={compressor!r}: give a compressor, e.g. MeanPool(), or None")
+            raise LongtakeError(
+                f"compressor={compressor!r}: give a compressor, e.g. longtake.load_compressor(FOLDER) or "
+                "longtake.MeanPool(), or None"
+            )
         wanted = "compressed" in self.policy.requires
         self.compressor = (compressor or self.host.compressor) if wanted else None
         if isinstance(self.compressor, torch.nn.Module):

@@ -106,6 +106,8 @@ def save(session: Session, path: Any) -> None:
 
 def describe(path: Any) -> dict[str, Any]:
     """What a snapshot says of itself. Raises LongtakeError if it is none, or of another format."""
+    if Path(path).is_dir():
+        raise LongtakeError(f"{path} is a folder, no snapshot: give the file that `longtake generate --snapshot` wrote")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

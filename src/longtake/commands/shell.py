@@ -203,8 +203,9 @@ def check_file(path: Path, what: str) -> None:
 
 def check_folder(out: Path) -> None:
     """Raise LongtakeError before any work if --out cannot be a folder."""
-    if out.exists() and not out.is_dir():
-        raise LongtakeError(f"{out} is not a folder: give --out a folder, it is made if it is not there")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise LongtakeError(f"{there} is not a folder: give --out a folder, it is made if it is not there")
 
 
 def check_distinct(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
