@@ -154,6 +154,38 @@ def test_an_arm_without_memory_is_a_missing_row_and_the_others_go_on(told):
         ]
 
 
+def test_an_arm_is_gone_from_memory_before_the_next_begins_where_they_do_not_take_turns(told):
+    clock, forwards, take = told
+    alive: list[str] = []
+    seen: list[tuple[str, list[str]]] = []
+
+    class Noted:
+        def __init__(self, name: str, inner: Told) -> None:
+            self.name, self.inner = name, inner
+
+        def allocated(self, latent_frames: int) -> int:
+            return 0
+
+        def frames(self, latent_frames: int):
+            seen.append((self.name, alive.copy()))
+            alive.append(self.name)
+            try:
+                yield from self.inner.frames(latent_frames)
+            finally:
+                alive.remove(self.name)
+
+    takes = {
+        "first": Noted("first", take([(1.0,) * 4] * 3)),
+        "broken": Noted("broken", take([(1.0,) * 4] * 3, breaks=0)),
+        "last": Noted("last", take([(1.0,) * 4] * 3)),
+    }
+    arms, missing = _measure(takes, [4], clock, forwards, in_turn=False, progress=silent)
+    assert all(others == [] for _, others in seen) and [name for name, _ in seen] == [
+        "first", "first", "broken", "broken", "last", "last",
+    ]  # fmt: skip
+    assert [row.what for row in missing] == ["broken from latent frame 2 on"] and not arms["broken"].seconds
+
+
 def test_predictions_are_made_between_frames_until_they_fail(told):
     clock, forwards, take = told
     calls = []

@@ -213,9 +213,11 @@ def _measure(
                 arms[name].peaks = [Peak(n, takes[name].allocated(n)) for n in lengths]
                 for _ in takes[name].frames(2):
                     pass  # a frame that is not counted: memory is fetched and kernels are made
-                begun = takes[name].frames(max(lengths))
-                held[name] = next(begun)  # prompt and image are written
-                live[name] = begun
+                live[name] = takes[name].frames(max(lengths))  # no other name for it: it must be gone before the next
+                held[name] = next(live[name])  # prompt and image are written
+            if name not in held:
+                live.pop(name, None)
+                _release(clock)
         for number in range(1, frames + 1):
             at = number % len(group)
             for name in group[at:] + group[:at]:
