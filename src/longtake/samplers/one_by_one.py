@@ -197,6 +197,11 @@ class OneByOne(Rollout):
     def turns(self) -> list[Turn]:
         return self._turns(0)
 
+    def rows(self) -> list[list[Turn]] | None:
+        if self.chunks is None:
+            return None
+        return [[turn] for chunk in range(self.chunk, self.chunks) for turn in self._turns(chunk)]
+
     def _turns(self, chunk: int) -> list[Turn]:
         times, sigmas = self.sampler.schedule.timesteps, (*self.sampler.schedule.sigmas, 0.0)
         final = self.chunks is not None and chunk == self.chunks - 1

@@ -78,6 +78,10 @@ class Rollout(ABC):
     def turns(self) -> list[Turn]:
         """The steps of a chunk, as reuse policies see them."""
 
+    def rows(self) -> list[list[Turn]] | None:
+        """The turns of a whole take that has not begun, row by row; None if its length is not known, or it has."""
+        return None
+
     @abstractmethod
     def memory(self) -> dict[str, int]:
         """Bytes held beside the history, by part."""
