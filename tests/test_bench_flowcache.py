@@ -70,6 +70,13 @@ def test_a_threshold_is_found_where_its_share_is_nearest() -> None:
     assert calibrated(steps, 0.21) == pytest.approx(0.5, rel=1e-3)  # the middle of all that skip 0.2
 
 
+def test_the_embedded_model_tells_a_schedule_where_all_chunks_follow_one() -> None:
+    make = lambda reuse: Session(load("tiny-skyreels"), prompt="a ball", num_frames=81, reuse=reuse, decode=False)
+    told = make(FlowCacheReuse("slow")).reuse_schedule()
+    assert told is not None and (sum(d.reused for d in told), len(told)) == (27, 50)
+    assert make(TeaCacheReuse("slow")).reuse_schedule() is None
+
+
 def test_presets_of_the_embedded_model_skip_what_they_state_and_lie_on_no_edge() -> None:
     model = load("tiny-skyreels")
     frames, stagger = model.config.training_frames, Stagger.of(model.config)

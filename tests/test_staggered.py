@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtake import FlowCacheKV, FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
 from longtake.chunk import Clock
-from longtake.reuse import FlowCacheReuse
+from longtake.reuse import Decision, FlowCacheReuse, ReplayReuse, TeaCacheReuse
 from longtake.samplers.chunked import Schedule
 from longtake.samplers.flight import InFlight
 from longtake.samplers.solvers import Euler
@@ -117,6 +117,41 @@ def test_a_callback_sees_what_a_repeated_change_predicts_and_may_replace_it() ->
     torch.testing.assert_close(
         latents(session(chunks=4, reuse=reuse, callback_on_step_end=zero)), torch.zeros_like(plain), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("length", [{"chunks": 9}, {}, {"num_frames": 45}])
+@pytest.mark.parametrize("kind", [FlowCacheReuse, TeaCacheReuse, ReplayReuse])
+def test_a_schedule_is_told_only_where_every_chunk_follows_it(kind: Any, length: dict[str, int]) -> None:
+    options = {"threshold": 1.0, "metric": "timestep", "warmup": 2, "last": "chunk", "rescale": "identity"}
+    log = [Decision(chunk, k, 0.0, None, 0.0, chunk > 1 and k > 2, "") for chunk in range(99) for k in range(6)]
+    reuse = ReplayReuse.of(log) if kind is ReplayReuse else kind(**options)
+    take = session(reuse=reuse, guidance_scale=1.0, negative_prompt_embeds=None, **length)
+    told = take.reuse_schedule()
+    made = [[d.reused for d in chunk.stats.decisions] for _, chunk in zip(range(9), take, strict=False)]
+    assert any(map(any, made)) or kind is ReplayReuse
+    if kind is FlowCacheReuse:
+        assert told is not None and made == [[d.reused for d in told]] * len(made)
+    elif kind is TeaCacheReuse or "chunks" in length:
+        assert told is None and made[0] != made[-1]
+
+
+def test_rows_known_before_the_take_are_those_it_has() -> None:
+    """Three windows; joint decisions of all of them."""
+    reuse = TeaCacheReuse(1.0, "timestep", warmup=2, last="take", rescale="identity")
+    take = session(chunks=11, reuse=reuse, guidance_scale=1.0, negative_prompt_embeds=None)
+    told = [d for row in take._reuse.ahead(take.rollout.rows()) for d in row]
+    made = [d for chunk in take for d in chunk.stats.decisions]
+    key = lambda d: (d.chunk, d.index)
+    assert sorted(told, key=key) == sorted(made, key=key)
+
+
+def test_a_log_replays_to_the_bit_in_windows_of_several_chunks_in_flight() -> None:
+    own = session(chunks=11, reuse=FlowCacheReuse(0.3, "latent", warmup=1, last="none", rescale="identity"))
+    chunks = list(own)
+    log = [d for chunk in chunks for d in chunk.stats.decisions]
+    assert 0 < sum(d.reused for d in log) < len(log) == 11 * 6
+    again = latents(session(chunks=11, reuse=ReplayReuse.of(log)))
+    assert torch.equal(again, torch.cat([chunk.latents for chunk in chunks], -3))
 
 
 def test_a_window_as_long_as_the_take_changes_nothing() -> None:
@@ -474,11 +509,11 @@ def test_unipc_as_published_starts_its_first_corrector_one_step_late() -> None:
 
 
 def test_euler_of_one_step_and_of_many() -> None:
-    x, v = torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    x, v, w = torch.randn(3, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Euler([0.25, 1.0]).step(v, x), x + 0.75 * v)
     solver = Euler([0.0, 0.25, 0.5, 1.0])
-    for _ in range(3):
-        last = x = solver.step(v, x)
-    assert torch.allclose(last, torch.randn(2, 1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(1))[0] + v)
+    made = solver.step(w, solver.step(v, solver.step(v, x)))
+    torch.testing.assert_close(made, x + 0.5 * v + 0.5 * w)
 
 
 def test_no_policy_of_reuse_is_needed() -> None:

@@ -308,9 +308,10 @@ class Session:
         return {**parts, "total": sum(parts.values())}
 
     def reuse_schedule(self) -> list[Decision] | None:
-        """What the reuse policy will decide for each step of a chunk, where that is known before the take: with a
-        metric that holds nothing of the video. None where it is not."""
-        return self._reuse.schedule(self.rollout.turns())
+        """What the reuse policy will decide for each step of a chunk, where that is known before the take, with a
+        metric that holds nothing of the video, and the same for every chunk. None where it is not."""
+        alone = isinstance(self.rollout, OneByOne)
+        return self._reuse.schedule(self.rollout.turns(), self.rollout.rows(self.chunks), alone=alone)
 
     def snapshot(self, path: Any) -> None:
         """Write all that the continuation depends on to one safetensors file; `Session.restore` goes on bit-exactly."""

@@ -79,6 +79,9 @@ class ReusePolicy:
 
     name: ClassVar[str] = ""
     bare: ClassVar[str | None] = None  # the field that a value without a key is for, on the command line
+    # what a chunk's decisions may depend on beside its own steps: nothing ("chunk"), those it shares rows with ("row"),
+    # or which chunk of the "take" it is
+    depends: ClassVar[str] = "take"
 
     def measure(self) -> str | None:
         """The metric it wants chunks compared by: "latent", "timestep", or None for none."""
@@ -111,6 +114,7 @@ class NoReuse(ReusePolicy):
     """Compute every forward."""
 
     name: ClassVar[str] = "none"
+    depends: ClassVar[str] = "chunk"
 
     def one(self, turn: Turn, state: ReuseState, change: Change | None) -> Decision:
         return Decision(turn.chunk, turn.index, turn.timestep, None, 0.0, False, "all")

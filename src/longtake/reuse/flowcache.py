@@ -96,6 +96,7 @@ class FlowCacheReuse(Thresholded):
     """Every chunk in flight decides for itself, by how far it has moved since its last computed step."""
 
     name: ClassVar[str] = "flowcache"
+    depends: ClassVar[str] = "chunk"
 
     def one(self, turn: Turn, state: ReuseState, change: Change | None) -> Decision:
         relative = None if change is None else change.relative

@@ -113,19 +113,26 @@ class ReuseRun:
             self.shared = ReuseState()
         return decisions
 
-    def schedule(self, turns: Sequence[Turn]) -> list[Decision] | None:
-        """The decisions of a chunk's turns, where they are known before the take: with a metric that holds nothing of
-        the video, or none. None where they are not."""
-        if self.policy.measure() == "latent":
+    def schedule(
+        self, turns: Sequence[Turn], rows: Iterable[Sequence[Turn]] | None = None, *, alone: bool = True
+    ) -> list[Decision] | None:
+        """The decisions of a chunk's `turns`, where they are known before the take and the same for every chunk; else
+        None. `rows` are those of the whole take, None if its length is not known; `alone`: chunks come one by one."""
+        if self.policy.depends == "chunk" or (self.policy.depends == "row" and alone):
+            ordinary, final = ([[replace(t, last=last and t is turns[-1])] for t in turns] for last in (False, True))
+            played = [self.ahead(ordinary), self.ahead(final)]
+        elif rows is not None:
+            by_chunk: dict[int, list[list[Decision]]] = {}
+            for row in self.ahead(rows) or ():
+                for decision in row:
+                    by_chunk.setdefault(decision.chunk, []).append([decision])
+            played = list(by_chunk.values())
+        else:
             return None
-        ahead = ReuseRun(self.policy, self.feature, renoised=self.renoised)
-        decisions = []
-        for turn in turns:
-            state = ahead.state(turn.chunk)
-            change = ahead._changes([turn], [torch.empty(0)])
-            decisions += self.policy.decide([turn], [state], change, ahead.shared)
-            state.done += 1
-        return decisions
+        made = [None if steps is None else [decision for row in steps for decision in row] for steps in played]
+        if not made or any(one is None or made[0] is None or not _alike(one, made[0]) for one in made):
+            return None
+        return made[0]
 
     def ahead(self, rows: Iterable[Sequence[Turn]]) -> list[list[Decision]] | None:
         """What will be decided for rows to come, from where the take stands now, if that is known: with a metric that
@@ -204,3 +211,7 @@ class ReuseRun:
             pair = tuple(self.feature("timestep", None, t) for t in (now, before))
             self._by_timestep[before, now] = Change.between([pair])[0]  # type: ignore[list-item]
         return self._by_timestep[before, now]
+
+
+def _alike(one: Sequence[Decision], other: Sequence[Decision]) -> bool:
+    return [(d.index, d.reused) for d in one] == [(d.index, d.reused) for d in other]

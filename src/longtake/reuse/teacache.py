@@ -23,6 +23,7 @@ class TeaCacheReuse(Thresholded):
     """All chunks in flight are computed, or all reuse, by how far they have moved together."""
 
     name: ClassVar[str] = "teacache"
+    depends: ClassVar[str] = "row"
 
     def _joint(self) -> bool:
         return True

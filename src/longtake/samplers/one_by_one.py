@@ -194,6 +194,11 @@ class OneByOne(Rollout):
     def turns(self) -> list[Turn]:
         return self._turns(0, last=False)
 
+    def rows(self, chunks: int | None) -> list[list[Turn]] | None:
+        if chunks is None:
+            return None
+        return [[turn] for chunk in range(self.chunk, chunks) for turn in self._turns(chunk, chunk == chunks - 1)]
+
     def _turns(self, chunk: int, last: bool) -> list[Turn]:
         times, sigmas = self.sampler.schedule.timesteps, (*self.sampler.schedule.sigmas, 0.0)
         return [

@@ -80,6 +80,11 @@ class Rollout(ABC):
         """The steps of a chunk, as reuse policies see them."""
 
     @abstractmethod
+    def rows(self, chunks: int | None) -> list[list[Turn]] | None:
+        """The turns of what is to come of a take of so many chunks, row by row; None if its length is not known, or
+        chunks are in flight."""
+
+    @abstractmethod
     def memory(self) -> dict[str, int]:
         """Bytes held beside the history, by part."""
 

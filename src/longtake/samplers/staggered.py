@@ -135,6 +135,24 @@ class Staggered(Rollout):
         steps = self.matrix.steps
         return [Turn(0, k, steps, self.timesteps[k], self.levels[k], self.levels[k + 1]) for k in range(steps)]
 
+    def rows(self, chunks: int | None) -> list[list[Turn]] | None:
+        if self.ends_at is None or self.row or self.live:
+            return None
+        whole, steps, rows = self.geometry.chunk_frames, self.matrix.steps, []
+        chunk, frame, until = self.chunk, self.frame, self.until
+        while until is not None and frame < self.ends_at:
+            count = -(-(until - frame) // whole)
+            for row in range(self.matrix.rows(count)):
+                at = {c: k for c in range(count) if (k := self.matrix.step(row, c)) is not None}
+                rows.append([
+                    Turn(chunk + c, k, steps, self.timesteps[k], self.levels[k], self.levels[k + 1],
+                         k == steps - 1 and frame + (c + 1) * whole >= self.ends_at)
+                    for c, k in at.items()
+                ])  # fmt: skip
+            chunk, frame = chunk + count, until
+            until = self._reach(frame - self.stagger.overlap)
+        return rows
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return flight.written(self)
 

@@ -1,7 +1,8 @@
 """Train the embedded model `tiny-skyreels`, as `longtake train tiny-skyreels` does.
 
-It goes on from the many-step stage of a training of `tiny-wan`, whose autoencoder, tokenizer and text encoder it
-shares: SkyReels-V2's transformer has Wan's weights by the same names. What it learns is diffusion forcing: every chunk
+It goes on from the many-step stage of a training of `tiny-wan`: autoencoder and tokenizer are that training's, its text
+encoder is trained on with the transformer (SkyReels-V2's has Wan's weights by the same names), so the finished model
+has one of its own. What it learns is diffusion forcing: every chunk
 of a window has a noise level of its own, and sees those before it with the noise they have. Checkpoints are kept in
 DIR/work, so the same command goes on where it was stopped; numbers go to DIR/work/metrics.jsonl; DIR itself is the
 finished pipeline folder.
