@@ -19,9 +19,7 @@ def weights_digest(network: nn.Module) -> str:
     for name, weight in sorted(named.items()):
         digest.update(f"{name} {list(weight.shape)} ".encode())
         n, last = min(EACH, weight.numel()), max(0, weight.numel() - 1)
-        at = [
-            i * last // max(1, n - 1) for i in range(n)
-        ]  # floats round as their device does
+        at = [i * last // max(1, n - 1) for i in range(n)]  # floats round as their device does
         some = (
             weight.detach()
             .reshape(-1)[torch.tensor(at, dtype=torch.long, device=weight.device)]
