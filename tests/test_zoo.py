@@ -130,6 +130,25 @@ def test_a_stopped_stage_goes_on_where_it_was(tmp_path: Path):
     assert run(0.004).steps == second.steps
 
 
+def test_a_stage_is_gone_on_with_by_what_its_settings_are_not_by_how_they_are_called(tmp_path: Path):
+    starts = [tmp_path / name / "work" / "many.pt" for name in ("a", "moved", "b")]
+    for start, content in zip(starts, ("one", "one", "two"), strict=True):
+        start.parent.mkdir(parents=True)
+        start.write_text(content)
+    a, moved, b = map(stages.begun_with, starts)
+    assert stages.begun_with(None) is None and stages.begun_with(starts[0], starts[0].parent) is None
+
+    def stage(**recipe: object) -> stages.Stage:
+        return stages.Stage("toy", tmp_path, {"net": torch.nn.Linear(2, 2)}, 1.0, 1e-2, recipe=recipe)
+
+    stage(seed=0, begin=a).save()
+    stage(seed=0, begin=moved)
+    with pytest.raises(LongtakeError, match=f"begin={tmp_path}/a, now begin={tmp_path}/b: give another --out"):
+        stage(seed=0, begin=b)
+    with pytest.raises(LongtakeError, match=r"seed=0, begin=.*, now seed=1, begin=None"):
+        stage(seed=1, begin=None)
+
+
 def test_the_folder_is_small_complete_and_described():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 6 * 2**20

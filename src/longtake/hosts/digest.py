@@ -18,7 +18,14 @@ def weights_digest(network: nn.Module) -> str:
     named = {name.replace("_orig_mod.", ""): weight for name, weight in network.named_parameters()}
     for name, weight in sorted(named.items()):
         digest.update(f"{name} {list(weight.shape)} ".encode())
-        at = torch.linspace(0, max(0, weight.numel() - 1), min(EACH, weight.numel()), device=weight.device).long()
-        some = weight.detach().reshape(-1)[at].to(torch.bfloat16).float().cpu()
+        n, last = min(EACH, weight.numel()), max(0, weight.numel() - 1)
+        at = [i * last // max(1, n - 1) for i in range(n)]  # floats round as their device does
+        some = (
+            weight.detach()
+            .reshape(-1)[torch.tensor(at, dtype=torch.long, device=weight.device)]
+            .to(torch.bfloat16)
+            .float()
+            .cpu()
+        )
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
