@@ -111,11 +111,11 @@ def planned(*args: str) -> dict:
 def test_the_papers_vanilla_figures_by_counting():
     magi = planned("--model", "magi-4.5b", "--chunks", "10", "--steps", "64")
     assert magi["paper_vanilla_pflops"] == pytest.approx(306, rel=5e-3) and magi["paper_vanilla_counts"]
-    assert magi["pflops"] == pytest.approx(208.75, rel=1e-2) and "kv-range" in magi["pflops_counts"]
+    assert magi["pflops"] == pytest.approx(209.15, rel=5e-3) and "kv-range" in magi["pflops_counts"]
     sky = planned("--model", "skyreels-v2-1.3b", "--size", "960x544", "--frames", "177")
     assert sky["paper_vanilla_pflops"] == pytest.approx(113, rel=5e-3) and sky["paper_vanilla_counts"]
     assert sky["windows"] == 2 and sky["sampler_rows"] == 135 and sky["latent_frames"] == 45
-    assert 79 < sky["pflops"] < 83
+    assert sky["pflops"] == pytest.approx(81.12, rel=5e-3)
 
 
 def test_reuse_rows_state_their_skip_counts_and_the_fit_says_what_it_is():
@@ -189,7 +189,11 @@ def test_reused_steps_are_counted_as_skipped():
         for _ in range(3):
             a, b = next(whole).stats, next(part).stats
             assert b.flops + b.skipped_flops == a.flops
-            assert b.skipped_flops.total / a.flops.total == pytest.approx(4 / 6)
+            outside = Flops()
+            if carry == "residual":  # embedding and head run in reused steps too
+                outside = whole.host.flops_outside(3 * whole.geometry.tokens_per_frame, 1) * 4
+                assert outside.total > 0
+            assert (b.skipped_flops + outside).total / a.flops.total == pytest.approx(4 / 6)
     assert next(full).stats.skipped_flops == Flops() and reuse.carry == "velocity"
 
 

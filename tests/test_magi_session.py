@@ -11,9 +11,11 @@ from torch import Tensor
 
 import longtake
 from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, ReplayReuse, Session, SlidingWindow
+from longtake.flops import Flops
 from longtake.hosts.base import Pass
 from longtake.hosts.magi.host import MagiHost
-from longtake.policies import KVRange
+from longtake.planner.magi import MagiShape, count
+from longtake.policies import KVPolicy, KVRange
 from longtake.samplers.staggered import Stagger
 
 from .magi import published_config, special_tokens, tiny_model, tiny_vae, write_published
@@ -200,6 +202,24 @@ def test_a_smaller_budget_than_the_chunks_in_flight_is_refused_with_advice(disti
     with pytest.raises(LongtakeError, match="chunks=4"):
         Session(distilled, FlowCacheKV(4), prompt_embeds=words(), chunks=6, decode=False)
     assert len(list(Session(distilled, FlowCacheKV(5), prompt_embeds=words(), chunks=6, decode=False))) == 6
+
+
+@pytest.mark.parametrize("kind", ["base", "distilled"])
+@pytest.mark.parametrize("policy", [None, FullHistory(), FlowCacheKV(6), FlowCacheKV(7)], ids=repr)
+def test_the_flops_executed_are_the_planned_ones(
+    kind: str, policy: KVPolicy | None, request: pytest.FixtureRequest
+) -> None:
+    """To the last one; of the base model, a finished chunk is in flight for one more row."""
+    host = request.getfixturevalue(kind)
+    take = Session(host, policy, prompt_embeds=words(), chunks=9, decode=False)
+    stats = [chunk.stats for chunk in take]
+    shape = MagiShape.of(
+        "tiny", host.transformer.config, host.config.as_dict(), host.settings.as_dict(), itemsize=4, text_tokens=5
+    )
+    planned = count(shape, 9, 8, take.geometry.tokens_per_frame, take.policy)
+    made = sum((s.flops for s in stats), Flops())
+    assert (made.linear, made.attention) == (planned.total.linear, planned.total.attention)
+    assert sum(s.forwards for s in stats) == planned.forwards
 
 
 def test_a_log_replays_to_the_bit(distilled: MagiHost) -> None:

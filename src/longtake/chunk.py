@@ -77,6 +77,11 @@ class Clock:
         self.seconds, self.forwards, self.reused = 0.0, 0, 0
         self.flops, self.skipped, self._flops = Flops(), Flops(), Flops()
 
+    def reuse(self, passes: int, cost: Flops, run: Flops) -> None:
+        """A step whose `passes` are reused: they would have taken `cost`, and `run` of it is done all the same."""
+        self.reused += passes
+        self.flops, self.skipped = self.flops + run, self.skipped + (cost - run)
+
     def of(self, flops: Flops) -> Clock:
         """`with clock.of(flops):` a forward that takes so many."""
         self._flops = flops

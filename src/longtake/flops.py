@@ -55,6 +55,10 @@ class FlopShape:
             4 * tokens * text * self.width * self.layers,
         )
 
+    def outside(self, tokens: int) -> Flops:
+        """Embedding and head alone."""
+        return Flops(2 * tokens * self.outer)
+
     def text(self, tokens: int) -> Flops:
         """K/V of `tokens` text tokens in all layers."""
         return Flops(cross=2 * tokens * self.text_weights * self.layers)

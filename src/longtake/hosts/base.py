@@ -259,6 +259,10 @@ class Host(ABC):
         tokens, keys = layers[0].k_live.shape[1], layers[0].k.shape[1]
         return self.flop_shape.forward(tokens, keys, self.text_tokens(text)) * latents.shape[0]
 
+    def flops_outside(self, tokens: int, batch: int) -> Flops:
+        """What embedding and head of a chunk cost: all that runs where a residual of the block stack is reused."""
+        return Flops() if self.flop_shape is None else self.flop_shape.outside(tokens) * batch
+
     def text_tokens(self, text: TextState) -> int:
         """Text tokens that cross-attention sees."""
         return text.k[0].shape[1] if text.k else 0

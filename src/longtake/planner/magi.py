@@ -148,10 +148,11 @@ def count(
     """The forwards of `chunks` chunks. `nearly_clean` and `clean` are the distilled model's extra passes."""
     model, frames = shape.flop_shape, shape.chunk_frames
     c = frames * tokens_per_frame
-    sizes = shape.history(tokens_per_frame, frames=chunks * frames, live_chunks=min(shape.window, chunks))
+    live = min(shape.window, chunks) + int(shape.passes == 3 and clean)  # a finished chunk stays for a row
+    sizes = shape.history(tokens_per_frame, frames=chunks * frames, live_chunks=live)
     walk = Walk(
         policy, sizes, [frames] * chunks, steps, steps // shape.window, "clean" if clean else "adopt",
-        skipped=skipped, rereads_last=False,
+        skipped=skipped, rereads_last=False, lingers=shape.passes == 3 and clean,
     )  # fmt: skip
     alone_at = nearly_clean_steps(steps) if nearly_clean and shape.passes == 1 else set()
     tally = Tally()

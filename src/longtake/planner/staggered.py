@@ -66,7 +66,8 @@ class Walk:
     """`spans` latent frames per chunk, after `given` ones; `commit` as in `HostConfig`.
 
     `skipped` are the steps that every chunk reuses. `rereads_last` says whether the last chunk of the take gets a pass
-    over its clean latents too. `held` is the most tokens held at once so far.
+    over its clean latents too. `lingers`: a finished chunk stays in flight for one more row, whose first forward is
+    that pass (MAGI-1's base model). `held` is the most tokens held at once so far.
     """
 
     policy: KVPolicy
@@ -78,6 +79,7 @@ class Walk:
     given: int = 0
     skipped: Collection[int] = ()
     rereads_last: bool = True
+    lingers: bool = False
     held: int = 0
     blocks: list[Block] = field(default_factory=list)
     live: list[Block] = field(default_factory=list)
@@ -100,7 +102,11 @@ class Walk:
                 self.live.append(self._block(entered, frame, self.spans[entered]))
                 frame += self.spans[entered]
                 entered, self.plan = entered + 1, None
-            for block in list(self.live):
+            finished = [block for block in self.live if row - starts[block.id] == self.steps]
+            for block in finished:
+                yield Visit(block.id, self.steps, self._tokens(block), self._keys(block, scores, self.steps), True)
+            denoised = self.live[len(finished) :]
+            for block in denoised:
                 step = row - starts[block.id]
                 reused = step in self.skipped
                 keys = self._keys(block, scores, step)
@@ -109,7 +115,9 @@ class Walk:
                     scores = self._scores(scores)
                 if step == self.steps - 1 and self.commit == "adopt":
                     self._commit(block)
-            for block in [block for block in self.live if row - starts[block.id] == self.steps - 1]:
+            for block in finished:
+                self._commit(block)
+            for block in [b for b in self.live if row - starts[b.id] == self.steps - 1 and not self.lingers]:
                 if self.rereads_last or block.id < len(self.spans) - 1:
                     keys = self._keys(block, scores, self.steps)
                     yield Visit(block.id, self.steps, self._tokens(block), keys, True)

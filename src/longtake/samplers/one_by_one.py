@@ -213,8 +213,9 @@ class OneByOne(Rollout):
             computed = self.reuse.decide([turns[step]], [x])[0]
             self._unobserved = not computed
             if not computed:
-                clock.reused += len(self.texts)
-                clock.skipped += self.reuse.state(self.chunk).cost
+                state, tokens = self.reuse.state(self.chunk), x.shape[2] * self.geometry.tokens_per_frame
+                run = self.host.flops_outside(tokens, len(x)) * len(state.residuals)
+                clock.reuse(len(self.texts), state.cost, run)
                 if not self.reuse.carries_residual:
                     return self.reuse.carried(turns[step], x)
             before = clock.flops

@@ -297,8 +297,9 @@ class Staggered(Rollout):
         turn, reused = self._turn(chunk), velocity is None
         if velocity is None:
             velocity = self._reused(chunk, turn)
-            clock.reused += len(self._passes(chunk, turn))
-            clock.skipped += self.reuse.state(chunk.chunk).cost
+            state, tokens = self.reuse.state(chunk.chunk), chunk.span * self.geometry.tokens_per_frame
+            run = self.host.flops_outside(tokens, len(chunk.x)) * len(state.residuals)
+            clock.reuse(len(self._passes(chunk, turn)), state.cost, run)
         else:
             self.reuse.keep(turn, chunk.x, velocity)
         shown = velocity if self.on_step is None else self._shown(velocity, chunk, turn)
