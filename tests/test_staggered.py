@@ -139,7 +139,7 @@ def test_rows_known_before_the_take_are_those_it_has() -> None:
     """Three windows; joint decisions of all of them."""
     reuse = TeaCacheReuse(1.0, "timestep", warmup=2, last="take", rescale="identity")
     take = session(chunks=11, reuse=reuse, guidance_scale=1.0, negative_prompt_embeds=None)
-    told = [d for row in take._reuse.ahead(take.rollout.rows()) for d in row]
+    told = [d for row in take._reuse.ahead(take.rollout.rows(take.chunks)) for d in row]
     made = [d for chunk in take for d in chunk.stats.decisions]
     key = lambda d: (d.chunk, d.index)
     assert sorted(told, key=key) == sorted(made, key=key)

@@ -105,6 +105,8 @@ class Session:
             )
         wanted = "compressed" in self.policy.requires
         self.compressor = (compressor or self.host.compressor) if wanted else None
+        if compressor is not None and self.compressor is not None:
+            self.compressor.check(self.host)
         if isinstance(self.compressor, torch.nn.Module):
             self.compressor.to(self.host.device)
         self.geometry: Geometry = self.host.geometry(height, width)

@@ -19,13 +19,7 @@ def weights_digest(network: nn.Module) -> str:
     for name, weight in sorted(named.items()):
         digest.update(f"{name} {list(weight.shape)} ".encode())
         n, last = min(EACH, weight.numel()), max(0, weight.numel() - 1)
-        at = [i * last // max(1, n - 1) for i in range(n)]  # floats round as their device does
-        some = (
-            weight.detach()
-            .reshape(-1)[torch.tensor(at, dtype=torch.long, device=weight.device)]
-            .to(torch.bfloat16)
-            .float()
-            .cpu()
-        )
-        digest.update(some.numpy().tobytes())
+        places = [i * last // max(1, n - 1) for i in range(n)]  # not in floats, which round as their device does
+        at = torch.tensor(places, dtype=torch.long, device=weight.device)
+        digest.update(weight.detach().reshape(-1)[at].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
