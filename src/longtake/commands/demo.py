@@ -26,7 +26,8 @@ def demo(
 ) -> None:
     """Make takes of three prompts under several policies, and a page that compares them. Needs no arguments.
 
-    OUT_DIR gets index.html, an MP4 for each take, contact_sheet.png and demo.json, in about a minute on two cores, two at most.
+    OUT_DIR gets index.html, an MP4 for each take, contact_sheet.png and demo.json, in about a minute on two cores, two
+    at most.
     """
     if seconds is not None:
         shell.check_seconds(seconds)
