@@ -15,7 +15,7 @@ from longtake import LongtakeError
 from longtake.chunk import Clock
 from longtake.history import History
 from longtake.plan import FULL, BlockTable, Drop, Entry, Fuse, HistoryShape, Plan, Signals
-from longtake.policies import FlowCacheKV, FullHistory, KVPolicy, SlidingWindow
+from longtake.policies import FlowCacheKV, FullHistory, KVPolicy
 from longtake.reuse import FlowCacheReuse, NoReuse, ReusePolicy, ReuseRun
 from longtake.rope import wan_table
 from longtake.samplers.staggered import Stagger, Staggered
@@ -247,10 +247,17 @@ def test_another_policy_would_be_noticed(run: str, policy: KVPolicy, row: int) -
 
 
 @pytest.mark.parametrize("residency", ["resident", "scratch"])
-@pytest.mark.parametrize("run", ["off", "kvrange1", "compress_b1", "prefix_off"])
-def test_nothing_outside_the_visible_set_is_ever_read(run: str, residency: str) -> None:
+@pytest.mark.parametrize(
+    ("run", "policy"),
+    [
+        ("off", None), ("kvrange1", None), ("compress_b1", None), ("prefix_off", None), ("on_b", None),
+        ("prefix_on", None), ("compress_b2_on", FlowCacheKV(chunks=8, queries="next", sort=False)),
+    ],
+)  # fmt: skip
+def test_nothing_outside_the_visible_set_is_ever_read(run: str, policy: KVPolicy | None, residency: str) -> None:
     """Every buffer starts as NaN: whatever a forward looks at without having been told to would show."""
-    clean, poisoned = (Replay(run, *RUNS[run], residency=residency, poison=p) for p in (False, True))
+    kv, how = RUNS[run]
+    clean, poisoned = (Replay(run, policy or kv, how, residency=residency, poison=p) for p in (False, True))
     assert torch.equal(clean.play(), poisoned.play())
     assert clean.outputs.keys() == poisoned.outputs.keys()
     assert all(torch.equal(clean.outputs[key], poisoned.outputs[key]) for key in clean.outputs)
@@ -362,21 +369,6 @@ def test_step_matrices_are_the_published_ones(entry: dict[str, Any]) -> None:
     steps = [[None] * ready + [matrix.step(row, block) for block in made] for row in range(entry["rows"])]
     assert [[int(step is not None) for step in row] for row in steps] == entry["update_mask"]
     assert matrix.rows(entry["blocks"] - ready) == entry["rows"]
-
-
-@pytest.mark.parametrize("entry", matrices())
-def test_a_sliding_window_shows_the_published_interval(entry: dict[str, Any]) -> None:
-    """Where a video is longer than the model's window, the fork slides an interval over it: as this policy does."""
-    size, base = entry["causal_block_size"], entry["base_num_frames"]
-    blocks, policy = entry["blocks"], SlidingWindow(base, sink=0)
-    for row, (first, last) in zip(entry["update_mask"], entry["valid_interval"], strict=True):
-        live = [b for b in range(blocks) if row[b]]
-        if not live:
-            continue
-        now, end = live[0] * size, (live[-1] + 1) * size
-        seen_from = max(0, now - max(0, policy.frames - (end - now)))
-        assert seen_from == first or end < last  # blocks that have not begun count in the fork's interval
-        assert end <= last
 
 
 def test_the_setting_the_fork_refuses_is_refused_with_advice() -> None:
