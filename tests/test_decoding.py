@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from longtake.decoding import StreamingDecoder, encode, encode_first_frame
+from longtake.decoding import StreamingDecoder, encode
 from longtake.errors import LongtakeError
 
 GOLDEN = Path(__file__).parent / "goldens" / "wan_vae_stream.safetensors"
@@ -74,10 +74,10 @@ def test_encode_equals_the_golden_posterior_means(golden):
 def test_first_frame_latents_equal_the_first_latent_of_a_video(golden):
     vae, tensors, _, _ = golden
     video = tensors["inputs/pixels_to_encode"]
-    first = encode_first_frame(vae, video[:, :, 0])
+    first = encode(vae, video[:, :, :1])
     assert first.shape == (1, 4, 1, 2, 3)
     torch.testing.assert_close(first, encode(vae, video)[:, :, :1], rtol=0, atol=2e-5)
-    assert torch.equal(first, encode_first_frame(vae, video[:, :, 0]))
+    assert torch.equal(first, encode(vae, video[:, :, :1]))
 
 
 @pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
@@ -311,7 +311,7 @@ def test_nothing_is_recorded_for_gradients():
     decoder = StreamingDecoder(vae)
     assert not decoder.decode(latents(2).requires_grad_()).requires_grad
     assert not any(slot.requires_grad for slot in decoder._cache if isinstance(slot, torch.Tensor))
-    assert not encode_first_frame(vae, torch.zeros(1, 3, 16, 24)).requires_grad
+    assert not encode(vae, torch.zeros(1, 3, 1, 16, 24)).requires_grad
 
 
 def test_offloaded_vae_is_called_back_before_it_decodes():

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from longtake import FullHistory, LongtakeError, Session, SlidingWindow, policies
-from longtake.decoding import encode_first_frame
+from longtake.decoding import encode
 from longtake.hosts.loading import load
 from longtake.policies import KVPolicy
 from longtake.samplers.chunked import NoiseSource
@@ -75,7 +75,7 @@ def test_a_full_history_take_equals_block_causal_forwards_over_all_frames(first,
         )
         return uncond + 2.5 * (cond - uncond)
 
-    given = encode_first_frame(host.vae, image()[None]).expand(takes, -1, -1, -1, -1) if first else None
+    given = encode(host.vae, image()[None, :, None]).expand(takes, -1, -1, -1, -1) if first else None
     draws = [noise.drawn[2 * i : 2 * i + 2] for i in range(4)]
     theirs = rollout(velocity, draws, take.schedule.timesteps, given)
     scale = max(float(x.abs().max()) for x in theirs)
@@ -220,7 +220,7 @@ def test_frames_of_a_take_equal_one_decode_of_all_its_latents(first):
     chunks = [next(take) for _ in range(4)]
     latents = torch.cat([c.latents for c in chunks], 1)
     if first:
-        latents = torch.cat((encode_first_frame(host.vae, image()[None])[0], latents), 1)
+        latents = torch.cat((encode(host.vae, image()[None, :, None])[0], latents), 1)
     frames = torch.cat([c.frames for c in chunks])
     assert torch.equal(frames, one_shot(host.vae, latents))
     assert len(frames) == take.geometry.pixel_frames(latents.shape[1])

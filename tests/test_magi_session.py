@@ -112,6 +112,22 @@ def test_a_video_is_continued(kind: str, frames: int, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("kind", ["base", "distilled"])
+def test_a_take_may_end_within_a_chunk(kind: str, request: pytest.FixtureRequest) -> None:
+    host = request.getfixturevalue(kind)
+    take = Session(host, FullHistory(), prompt_embeds=words(), num_frames=36, seed=5, decode=False)
+    made = [chunk.latents for chunk in take]
+    assert [x.shape[1] for x in made] == [2, 2, 2, 2, 1] and all(torch.isfinite(x).all() for x in made)
+    longer = Session(host, FullHistory(), prompt_embeds=words(), num_frames=40, seed=5, decode=False)
+    assert torch.equal(made[0], next(longer).latents), "the first chunk sees nothing of the end"
+
+
+def test_alias_is_refused_for_what_it_is(distilled) -> None:
+    take = Session(distilled, FullHistory(), prompt_embeds=words(), chunks=3, residency="alias", decode=False)
+    with pytest.raises(LongtakeError, match="'alias' is for takes of one chunk at a time"):
+        list(take)
+
+
+@pytest.mark.parametrize("kind", ["base", "distilled"])
 @pytest.mark.parametrize("policy", [None, FlowCacheKV(6)], ids=["ranges", "flowcache"])
 def test_a_restored_take_goes_on_bit_for_bit(
     kind: str, policy: object, request: pytest.FixtureRequest, tmp_path: Path

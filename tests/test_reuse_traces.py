@@ -14,6 +14,7 @@ from longtake.policies.flowcache_kv import importance, pooled, redundancy
 from longtake.reuse import Decision
 from longtake.reuse.theory import magi_levels, relative_l1
 
+from .skyreels import tiny_skyreels
 from .tiny import text, tiny_wan
 
 
@@ -53,6 +54,18 @@ def test_traces_of_a_take(tmp_path):
     assert "fresh noise" in found.text()
     with pytest.raises(LongtakeError, match="measures nothing"):
         measure(host, reuse="none", prompt_embeds=text())
+
+
+def test_traces_of_several_chunks_in_flight(tmp_path):
+    host = tiny_skyreels()
+    reuse = FlowCacheReuse(0.4, "latent", warmup=1, last="chunk", rescale="identity")
+    embeds = {name: torch.randn(1, 7, 10) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    found = measure(host, reuse=reuse, chunks=3, **embeds)
+    assert not found.renoised and found.metric == "latent" and found.changes().shape == (3, 5)
+    assert len(found.levels) == 7 and found.levels[0] > found.levels[-1] == 0
+    assert 0 < found.reused < 1 and all(len(chunk) == 6 for chunk in found.decided)
+    told = json.loads(next(p for p in found.write(tmp_path) if p.suffix == ".json").read_text())
+    assert told["fit"] is not None, "where x follows the velocity, the closed form can be fitted"
 
 
 def test_the_command_traces_the_embedded_model(tmp_path):

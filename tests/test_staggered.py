@@ -300,6 +300,27 @@ def test_given_latents_of_any_length_are_followed(frames: int) -> None:
     assert not torch.allclose(out, latents(other))
 
 
+@pytest.mark.parametrize("frames", [1, 17])
+def test_pixels_are_encoded_and_followed(frames: int) -> None:
+    """An image given to the session, and a video to be continued; the frames handed out begin after them."""
+    host = tiny_skyreels(vae=tiny_wan(vae=True).vae)
+    video = torch.rand(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    given = host.encode_video(video)
+    assert given.shape == (1, 4, 1 + (frames - 1) // 4, 4, 4)
+    told = {"decode": True, "num_frames": 97}
+    take = session(host, **told, **({"image": video[0, :, 0]} if frames == 1 else {}))
+    if frames > 1:
+        take.extend(given)
+    expected = session(host, **told)
+    expected.extend(given)
+    made, twin = list(take), list(expected)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(made, twin, strict=True))
+    shown = torch.cat([chunk.frames for chunk in made])
+    whole = host.decoder().push(torch.cat([given, *(chunk.latents[None] for chunk in made)], 2))[0]
+    assert len(shown) == 97 - (0 if frames == 1 else frames), "the image is among them, the video is not"
+    assert torch.equal(shown, whole[97 - len(shown) :])
+
+
 def test_condition_noise_is_added_to_given_frames_and_told_to_the_model() -> None:
     host, seen = tiny_skyreels(), []
     run = host._run

@@ -208,13 +208,6 @@ def half_on_cpu(device: torch.device | str) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
-def encode_first_frame(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
-    """One image [B, 3, H, W] in [-1, 1] to the normalised latents [B, C, 1, h, w] a take starts from; see `encode`."""
-    if image.ndim != 4:
-        raise LongtakeError(f"image has shape {tuple(image.shape)}; the encoder takes [B, 3, H, W]")
-    return encode(vae, image.unsqueeze(2))
-
-
 @apply_forward_hook
 def awake(vae: AutoencoderKLWan) -> tuple[torch.device, torch.dtype]:
     """Where and in what the VAE computes; the decorator first wakes a VAE parked by `enable_model_cpu_offload`."""

@@ -447,7 +447,11 @@ class View:
         whole = all(
             isinstance(e, Entry) and e.shift == 0 and e.log_weight == 0 and e.heads is None for e in self.plan.entries
         )
-        if not whole or len(self.live) > 1 or self.n + len(held.rows) != used or not bool(store.used[:used].all()):
+        if len(self.live) > 1:
+            raise LongtakeError(
+                "residency 'alias' is for takes of one chunk at a time; use residency='resident' or 'scratch'"
+            )
+        if not whole or self.n + len(held.rows) != used or not bool(store.used[:used].all()):
             raise LongtakeError(
                 "residency 'alias' needs a policy that moves and hides nothing; use residency='resident' or 'scratch'"
             )

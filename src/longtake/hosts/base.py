@@ -282,8 +282,13 @@ class Host(ABC):
     def decoder(self) -> Decoder: ...
 
     @abstractmethod
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Latents [B, C, f, h, w] of given frames [B, 3, T, H, W] in [−1, 1], for `Session.extend`. Which T there can
+        be is the model's: 1, 5, 9, … where the first latent frame is one frame."""
+
     def encode_image(self, image: Tensor) -> Tensor:
         """First-frame latents [B, C, 1, h, w] of images [B, 3, H, W] in [−1, 1]."""
+        return self.encode_video(image[:, :, None])
 
     @property
     @abstractmethod

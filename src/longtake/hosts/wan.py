@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..attention import attend
 from ..compressors import Compressor, LowResolution, MeanPool, StreamingEncoder
-from ..decoding import StreamingDecoder, encode_first_frame
+from ..decoding import StreamingDecoder, encode
 from ..errors import LongtakeError
 from ..flops import FlopShape
 from ..geometry import Geometry
@@ -248,9 +248,9 @@ class CausalWan(PromptReader, Host):
         return StreamingEncoder(self._vae())
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_video(self, video: Tensor) -> Tensor:
         with self.lock:
-            return encode_first_frame(self._vae(), image).to(self.device)
+            return encode(self._vae(), video).to(self.device)
 
     @property
     def network(self) -> Any:

@@ -156,8 +156,8 @@ class Lumos(Host):
         return self._codec().decoder()
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self._codec().encode(image.unsqueeze(2)).to(self.device)
+    def encode_video(self, video: Tensor) -> Tensor:
+        return self._codec().encode(video).to(self.device)
 
     @property
     def network(self) -> Any:

@@ -214,10 +214,6 @@ class MagiHost(PromptReader, Host):
         return MagiDecoder(self._vae(), self.settings.scale_factor)
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.encode_video(image[:, :, None])
-
-    @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """Latents [B, C, f, h, w] of given frames [B, 3, T, H, W] in −1 … 1: T is 1, or a multiple of 4."""
         vae = self._vae()
