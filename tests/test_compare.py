@@ -581,7 +581,7 @@ def test_a_measure_is_admitted_if_truth_is_high_and_idle_pictures_are_low(truth,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--frames", 300], "--frames 300: give 12 to 200"),
+        (["--frames", 500], "--frames 500: give 12 to 400"),
         (["--protocol", "C"], "--protocol C: give A or B"),
         (["--workers", 0], "--workers 0: give at least 1"),
         (["--seeds", 0], "--seeds 0: give at least 1"),

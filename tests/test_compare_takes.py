@@ -330,9 +330,9 @@ def test_a_matrix_with_protocols_is_the_options_it_stands_for(tmp_path):
         "compressor": ["own"], "seeds": 2, "frames": 12, "free": 6, "gap": [1, 2], "against": "window",
         "as_given": False,
     }  # fmt: skip
-    file.write_text("protocols: [A]\nframes: 300\n")
+    file.write_text("protocols: [A]\nframes: 500\n")
     result = invoke("compare", file, "-o", tmp_path / "out")
-    assert result.exit_code == 2 and "--frames 300: give 12 to 200" in result.stderr, "checked as options are"
+    assert result.exit_code == 2 and "--frames 500: give 12 to 400" in result.stderr, "checked as options are"
 
 
 @pytest.mark.parametrize(

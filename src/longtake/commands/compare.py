@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evaluate.compare.matrix import Matrix
     from ..evaluate.compare.runner import Plan
 
-FEWEST, MOST = 12, 200  # true latent frames
+FEWEST, MOST = 12, 400  # true latent frames
 SCHEMA = 2  # of summary.json
 SCENES = 32  # of every arm on the world
 WORLD_ONLY = ("protocol", "frames", "free", "gap", "compressor", "against", "as_given")
