@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longtake import FullHistory, Session, SlidingWindow
+from longtake.samplers import ChunkedSampler, Schedule, default_sampler
 
 from .tiny import Replay, golden, self_forcing_host
 
@@ -90,6 +91,8 @@ def test_whole_timesteps_would_be_noticed():
     tensors, meta = golden("self_forcing_rollout_global")
     host = self_forcing_host(tensors, meta["config"])
     noise = Replay(tensors["inputs/noise"], tensors["inputs/fresh_noise"], 3)
-    take = Session(host, FullHistory(), prompt_embeds=tensors["inputs/text_embeds"], noise=noise, decode=False)
-    take.schedule = type(take.schedule)(tuple(float(int(t)) for t in take.schedule.timesteps))
+    own = default_sampler(host.config).schedule
+    whole = ChunkedSampler(Schedule(tuple(float(int(t)) for t in own.timesteps)))
+    given = {"prompt_embeds": tensors["inputs/text_embeds"], "noise": noise, "decode": False}
+    take = Session(host, FullHistory(), sampler=whole, **given)
     assert float((next(take).latents - tensors["outputs/x0"][0][0].transpose(0, 1)).abs().max()) > 1e-2

@@ -42,11 +42,12 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def seated(take: longtake.Session):
     def make(seat):
-        own, take.host = take.host, seat
+        rollout = take.rollout
+        own, rollout.host = rollout.host, seat
         try:
             return next(take)
         finally:
-            take.host = own
+            rollout.host = own
 
     return make
 

@@ -34,6 +34,7 @@ class Rollout(ABC):
     `rebuild`.
     """
 
+    host: Any  # who makes the forwards: for a round of several sessions, what stands for it
     noise: Any
     texts: dict[str, TextState]
     frame: int  # next latent frame

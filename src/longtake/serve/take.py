@@ -247,14 +247,14 @@ class Take:
 
     def make(self, seat: Any = None) -> Chunk:
         """The next chunk; `seat` stands for the host in a round of several (`together`)."""
-        session = self._awake
+        session, rollout = self._awake, self._awake.rollout
         if seat is None:
             return next(session)
-        session.host, own = seat, session.host
+        rollout.host, own = seat, rollout.host
         try:
             return next(session)
         finally:
-            session.host = own
+            rollout.host = own
 
     def finish(self, made: Chunk | BaseException) -> None:
         """Log and show what `make` returned, or stand still for what it raised."""

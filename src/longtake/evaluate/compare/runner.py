@@ -39,12 +39,12 @@ class Plan:
     models: tuple[str, ...]
     policies: tuple[str, ...] = ()  # empty: every policy that has a name
     budgets: tuple[int, ...] = ()  # latent frames of K/V; empty: three (`default_budgets`)
-    fitted: bool = True  # False: policies as they are, whatever they hold
     seeds: int = 32
     settings: tuple[Setting, ...] = (Setting(),)
     device: str | None = None
     takes: Matrix | None = None  # instead of settings
     compressors: tuple[str, ...] = ()  # of policies that compress; empty: the model's own
+    fitted: bool = True  # False: policies as they are, whatever they hold
 
     @property
     def classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
