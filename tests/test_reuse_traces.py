@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from longtake import FlowCacheReuse, LongtakeError
 from longtake.cli import app
-from longtake.evaluate.bench_flowcache_kv import PeakBytes, explicit_score, run
+from longtake.evaluate.bench_flowcache_kv import PeakBytes, compressed, explicit_score, run
 from longtake.evaluate.reuse_traces import ReuseReport, measure
 from longtake.policies.flowcache_kv import importance, pooled, redundancy
 from longtake.reuse import Decision
@@ -107,6 +107,16 @@ def test_streaming_needs_a_fraction_of_the_memory_of_whole_matrices():
     with PeakBytes() as explicit:
         explicit_score(q, k, 0.07, 7)
     assert streamed.peak < 8 << 20 and explicit.peak > 64 << 20
+
+
+def test_what_is_timed_keeps_the_best_tokens_of_every_head_in_order():
+    g = torch.Generator().manual_seed(0)
+    score, k, v = torch.randn(1, 2, 9, generator=g), *(torch.randn(1, 9, 2, 3, generator=g) for _ in range(2))
+    kept, keys, values = compressed(score, k, v, 4)
+    for head in range(2):
+        best = sorted(sorted(range(9), key=lambda i, h=head: -score[0, h, i])[:4])
+        assert kept[0, head].tolist() == best
+        assert torch.equal(keys[0, :, head], k[0, best, head]) and torch.equal(values[0, :, head], v[0, best, head])
 
 
 def test_the_benchmark_reports_and_checks(tmp_path):

@@ -1,8 +1,9 @@
-"""Compressing one layer of a full-size past: FlowCacheKV's score against the formulas written out per head.
+"""Compressing one layer of a full-size past: with FlowCacheKV's score, and with the formulas written out per head.
 
-Random K/V and queries of a model's shape, three chunks of history, one chunk of queries. Both score every token in fp32
-and keep two chunks' worth per head. Measured: time in alternating pairs, the most bytes of tensors alive beyond the
-inputs, and how many survivors the two have in common.
+Random K/V and queries of a model's shape, three chunks of history, one chunk of queries. Both ways score every token in
+fp32, choose two chunks' worth per head, and gather the K/V of these in ascending order. Measured: time in alternating
+pairs, the most bytes of tensors alive beyond the inputs (the gathered K/V among them), and how many survivors the two
+have in common.
 """
 
 from __future__ import annotations
@@ -100,6 +101,16 @@ def explicit_score(q: Tensor, k: Tensor, mix: float, pool: int) -> Tensor:
     return torch.stack(scores, 1)
 
 
+Compressed = tuple[Tensor, Tensor, Tensor]  # survivors [B, Hk, n], their K and V [B, n, Hk, D]
+
+
+def compressed(score: Tensor, k: Tensor, v: Tensor, count: int) -> Compressed:
+    """The `count` best tokens of every head by score [B, Hk, Nk], in ascending order, and their K and V."""
+    kept = score.topk(count, -1).indices.sort(-1).values
+    at = kept.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
+    return kept, k.gather(1, at), v.gather(1, at)
+
+
 @dataclass(kw_only=True)
 class CompressionReport(Report):
     """What a benchmark run found."""
@@ -153,18 +164,19 @@ def _measured(size: LayerShape, name: str, pairs: int, stage: Stage) -> Compress
     noise = torch.Generator().manual_seed(0)
     keys = size.chunks * size.chunk_tokens
     draw = lambda n, heads: torch.randn(1, n, heads, size.head_dim, generator=noise).to(device, stage.dtype)
-    q, k = draw(size.chunk_tokens, size.heads), draw(keys, size.kv_heads)
+    q, k, v = draw(size.chunk_tokens, size.heads), draw(keys, size.kv_heads), draw(keys, size.kv_heads)
+    count = (size.chunks - 1) * size.chunk_tokens
     policy = FlowCacheKV(frame_tokens=size.frame_tokens, chunk_tokens=size.chunk_tokens)
-    methods: dict[str, Callable[[], Tensor]] = {
-        "streamed": lambda: policy.score(q, k),
-        "explicit": lambda: explicit_score(q, k, policy.mix, policy.pool),
+    methods: dict[str, Callable[[], Compressed]] = {
+        "streamed": lambda: compressed(policy.score(q, k), k, v, count),
+        "explicit": lambda: compressed(explicit_score(q, k, policy.mix, policy.pool), k, v, count),
     }
     transient, kept = {}, {}
-    for done, (label, score) in enumerate(methods.items()):
+    for done, (label, method) in enumerate(methods.items()):
         progress("memory", done, len(methods))
-        transient[label], values = _peak(score, device)
-        kept[label] = values.topk((size.chunks - 1) * size.chunk_tokens, -1).indices.sort(-1).values.cpu()
-        del values
+        transient[label], found = _peak(method, device)
+        kept[label] = found[0].cpu()
+        del found
     progress("memory", len(methods), len(methods))
     seconds: dict[str, list[float]] = {label: [] for label in methods}
     for pair in range(pairs):
@@ -189,18 +201,18 @@ def _measured(size: LayerShape, name: str, pairs: int, stage: Stage) -> Compress
     return report
 
 
-def _peak(score: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:
+def _peak(work: Callable[[], Compressed], device: torch.device) -> tuple[int, Compressed]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         base = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        values = score()
+        found = work()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - base, values
+        return torch.cuda.max_memory_allocated(device) - base, found
     with PeakBytes() as watch:
-        values = score()
-    return watch.peak, values
+        found = work()
+    return watch.peak, found
 
 
 def _common(a: Tensor, b: Tensor) -> float:
