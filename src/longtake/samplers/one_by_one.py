@@ -15,13 +15,13 @@ from ..errors import LongtakeError, NonFiniteError, PlanError
 from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import Host, TextState
-from ..plan import COMPRESSED, FULL, Drop, Plan
+from ..plan import COMPRESSED, FULL, BlockTable, Drop, Plan
 from ..policies import KVPolicy
 from ..replay import Replay
 from ..reuse import ReuseRun, Turn
 from .base import Sampler, Sampling
 from .chunked import CLEAN_TIMESTEP, NoiseSource
-from .rollout import Finished, Rollout
+from .rollout import Finished, Rollout, rewrite
 
 
 @dataclass
@@ -292,21 +292,13 @@ class OneByOne(Rollout):
     def rebuild(self) -> int:
         self._prompts()
         latents = self.kept or {}
-        blocks = self.history.table().blocks
-        whole = [block.id for block in blocks if self.history.rewritable(block) and block.id in latents]
-        for block in whole:
-            table = self.history.reopen(block)
-            try:
-                plan = self.policy.plan(table, self.history.signals(self.chunk))
-                self.history.apply(replace(plan, drops=()))
-                self._write(latents[block], block, Clock(), given=table.live[0].role == "anchor")
-                if COMPRESSED in table.live[0].forms:
-                    self._carry(self.tokens[block], block)
-                self.history.commit(block)
-            except BaseException:
-                self.history.abandon(block)
-                raise
-        return len(whole)
+
+        def write(block: int, table: BlockTable) -> None:
+            self._write(latents[block], block, Clock(), given=table.live[0].role == "anchor")
+            if COMPRESSED in table.live[0].forms:
+                self._carry(self.tokens[block], block)
+
+        return rewrite(self.history, self.policy, latents, self.chunk, write)
 
     def flush(self, cut: int) -> None:
         self.history.forget(self.policy.flush(self.history.table()))

@@ -4,13 +4,17 @@ of finished chunks; in between model, policy, reuse and history meet here."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..chunk import Clock
+from ..history import History
 from ..hosts.base import TextState
+from ..plan import BlockTable
+from ..policies import KVPolicy
 from ..reuse import Decision, Turn
 
 
@@ -96,3 +100,22 @@ class Rollout(ABC):
     @abstractmethod
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Go on from `state_dict`, in a history that was restored too."""
+
+
+def rewrite(
+    history: History, policy: KVPolicy, kept: Collection[int], chunk: int, write: Callable[[int, BlockTable], None]
+) -> int:
+    """Reopen every block of the history that is whole and in `kept`, oldest first, let `write` make its K/V anew where
+    the policy shows it those before, and commit it again. Returns how many there were."""
+    whole = [block.id for block in history.table().blocks if history.rewritable(block) and block.id in kept]
+    for block in whole:
+        table = history.reopen(block)
+        try:
+            plan = policy.plan(table, history.signals(chunk))
+            history.apply(replace(plan, drops=()))
+            write(block, table)
+            history.commit(block)
+        except BaseException:
+            history.abandon(block)
+            raise
+    return len(whole)

@@ -17,7 +17,6 @@ and the last frames of the one before, carried over as latents.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +27,12 @@ from ..errors import LongtakeError, NonFiniteError, PlanError
 from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import Host, Pass, TextState
+from ..plan import BlockTable
 from ..policies import KVPolicy
 from ..reuse import ReuseRun, Turn
 from . import flight
 from .flight import InFlight
-from .rollout import Finished, Rollout
+from .rollout import Finished, Rollout, rewrite
 from .solvers import Euler, Renoise, Solver
 from .stagger import Stagger
 
@@ -115,21 +115,15 @@ class Staggered(Rollout):
     def rebuild(self) -> int:
         """As a clean pass leaves them, whatever the commit rule is. Chunks in flight stay as they are."""
         kept, clock = self.kept or {}, Clock()
-        whole = [b.id for b in self.history.table().blocks if self.history.rewritable(b) and b.id in kept]
-        for block in whole:
-            table = self.history.reopen(block)
-            try:
-                plan = self.policy.plan(table, self.history.signals(self.chunk))
-                self.history.apply(replace(plan, drops=()))
-                self._planned = True
-                self._write(block, *kept[block], self.texts, clock, f"block {block} under another prompt")
-                self.history.commit(block)
-            except BaseException:
-                self.history.abandon(block)
-                raise
-            finally:
-                self._planned = False
-        return len(whole)
+
+        def write(block: int, table: BlockTable) -> None:
+            self._planned = True
+            self._write(block, *kept[block], self.texts, clock, f"block {block} under another prompt")
+
+        try:
+            return rewrite(self.history, self.policy, kept, self.chunk, write)
+        finally:
+            self._planned = False
 
     def turns(self) -> list[Turn]:
         steps = self.matrix.steps
