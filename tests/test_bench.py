@@ -366,7 +366,8 @@ def test_committed_reports_are_as_the_schema_says_and_say_how_they_were_made(pat
     report = bench_suite.read(path)
     assert report.as_dict() == json.loads(path.read_text())
     assert report.command.startswith("longtake bench ") and report.provenance["git"]["commit"]
-    assert not report.busy and not report.provenance["git"]["dirty"]
+    timed = report.settings.get("rounds") != 0  # of takes that were only looked at, nothing depends on an idle machine
+    assert not (report.busy and timed) and not report.provenance["git"]["dirty"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
