@@ -29,7 +29,7 @@ from longtake.evaluate.machine import Clock
 from longtake.evaluate.packcache_prediction import Calibration, _drawing, drawn_rows
 from longtake.evaluate.packcache_ratios import RESAMPLES, ratios, resampled
 from longtake.evaluate.packcache_report import ArmRun
-from longtake.evaluate.peak import WatchBytes
+from longtake.evaluate.peak import PeakBytes
 from longtake.samplers.masked import MaskedSampler
 
 pytestmark = pytest.mark.usefixtures("quick", "idle")
@@ -245,7 +245,7 @@ def test_the_head_is_charged_for_visual_columns_of_masked_rows(monkeypatch, host
 
 def test_bytes_alive_at_most_are_seen_through_frees():
     with torch.no_grad():
-        old, watch = torch.zeros(1000), WatchBytes()
+        old, watch = torch.zeros(1000), PeakBytes(existing=True)
         watch.start()
         both = torch.cat((old, old))
         del old  # existed before, is given back
@@ -255,7 +255,7 @@ def test_bytes_alive_at_most_are_seen_through_frees():
         watch.stop()
         watch.stop()
         torch.zeros(10_000)
-    assert watch.extra == 4 * (2000 - 1000 + 1998) and len(part) == 1998
+    assert watch.peak == 4 * (2000 - 1000 + 1998) and len(part) == 1998
 
 
 @pytest.mark.parametrize("name", ["packcache", "mask-free", "authors-like"])
@@ -271,12 +271,12 @@ def test_the_first_two_steps_of_a_frame_need_the_most_memory(host, name):
         take = takes[name].frames(6)
         for _ in range(5):
             next(take)
-        whole = WatchBytes()
+        whole = PeakBytes(existing=True)
         whole.start()
         next(take)
         whole.stop()
         arms, _ = _measure({name: takes[name]}, [6], clock, forwards, in_turn=True, progress=silent)
-    assert arms[name].peaks[0].transient == whole.extra > 0
+    assert arms[name].peaks[0].transient == whole.peak > 0
 
 
 def test_memory_at_a_length_is_what_a_take_of_that_length_holds(host):

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel, WanTransfo
 from torch import Tensor
 
 from longtake import Session
-from longtake.evaluate.bench_flowcache_kv import PeakBytes
 from longtake.evaluate.measure import live_tensor_bytes
+from longtake.evaluate.peak import PeakBytes
 from longtake.hosts.base import Host, HostConfig
 from longtake.hosts.lumos import Lumos
 from longtake.hosts.magi.host import MagiHost, MagiSettings, host_config

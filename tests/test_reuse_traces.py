@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from longtake import FlowCacheReuse, LongtakeError
 from longtake.cli import app
-from longtake.evaluate.bench_flowcache_kv import PeakBytes, compressed, explicit_score, run
+from longtake.evaluate.bench_flowcache_kv import compressed, explicit_score, run
+from longtake.evaluate.peak import PeakBytes
 from longtake.evaluate.reuse_traces import ReuseReport, measure
 from longtake.policies.flowcache_kv import importance, pooled, redundancy
 from longtake.reuse import Decision

@@ -9,7 +9,6 @@ have in common.
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -18,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import LongtakeError
 from ..policies import FlowCacheKV
@@ -27,6 +24,7 @@ from .bench_report import Report, Target, table
 from .bench_stage import Progress, Stage, staged
 from .machine import named, place
 from .measure import Figure, ratios
+from .peak import PeakBytes
 
 LIMIT = 10**9  # bytes of transient memory held to
 
@@ -48,39 +46,6 @@ SHAPES = {
     "magi-4.5b": LayerShape("MAGI-1 4.5B at 720x720", 2025, 12_150, 24, 8, 128),
     "micro": LayerShape("to try it", 12, 72, 6, 2, 16),
 }
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors that operations made and that were alive at once, scratch inside kernels apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, int] = {}  # storage → tensors that look at it
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if not isinstance(x, Tensor):
-                continue
-            storage = x.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._alive:
-                if key in given:  # a view of an input
-                    continue
-                self._alive[key] = 0
-                self.now += size
-                self.peak = max(self.peak, self.now)
-            self._alive[key] += 1
-            weakref.finalize(x, self._gone, key, size)
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._alive[key] -= 1
-        if not self._alive[key]:
-            del self._alive[key]
-            self.now -= size
 
 
 def explicit_score(q: Tensor, k: Tensor, mix: float, pool: int) -> Tensor:

@@ -39,7 +39,7 @@ from .machine import Clock, named, place
 from .packcache_prediction import Calibration
 from .packcache_ratios import ratios
 from .packcache_report import ArmRun, PackReport, Peak
-from .peak import WatchBytes
+from .peak import PeakBytes
 
 Bytes = tuple[int, int]  # of K/V in use, and of all that the take holds
 
@@ -188,7 +188,7 @@ class Forwards:
     """Seconds of the forwards of a frame, in order; `watch` is stopped when the third step begins."""
 
     seconds: list[float] = field(default_factory=list)
-    watch: WatchBytes | None = None
+    watch: PeakBytes | None = None
 
     def begins(self) -> None:
         if self.watch is not None and len(self.seconds) == WATCHED:
@@ -249,7 +249,7 @@ def _frame(
 ) -> Bytes:
     """Make a frame, note what it took; `peaks` are those to be found out in it."""
     forwards.seconds.clear()
-    watch = forwards.watch = WatchBytes() if peaks and clock.device.type == "cpu" else None
+    watch = forwards.watch = PeakBytes(existing=True) if peaks and clock.device.type == "cpu" else None
     if watch is not None:
         watch.start()
     with nullcontext([None]) if watch is not None or not peaks else clock.peak() as most:
@@ -265,7 +265,7 @@ def _frame(
     arm.held_bytes.append(after[0])
     for peak in peaks:
         peak.allocated = before[1] if peak.allocated is None else peak.allocated
-        peak.transient = most[0] if watch is None else watch.extra
+        peak.transient = most[0] if watch is None else watch.peak
     return after
 
 

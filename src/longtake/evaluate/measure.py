@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -110,21 +110,29 @@ class _Measured:
 
 def live_tensor_bytes(device: torch.device | str | None = None) -> int:
     """Bytes of all tensor storages that are alive in this process, each counted once however many views it has."""
-    gc.collect()
     kind = None if device is None else torch.device(device).type
-    seen: dict[int, int] = {}
+    return sum({storage._cdata: storage.nbytes() for storage in living_storages(kind)}.values())
+
+
+def living_storages(kind: str | None = None) -> Iterator[torch.UntypedStorage]:
+    """The storages of all tensors alive in this process, or of those on a kind of device; one for every view of it."""
+    gc.collect()
     for thing in gc.get_objects():
         if not issubclass(type(thing), torch.Tensor):  # not isinstance: it would run properties of lazy modules
             continue
         if (kind is not None and thing.device.type != kind) or thing.device.type == "meta":
             continue
-        try:
-            storage = thing.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse and wrapper tensors have no storage of their own
-            continue
-        if storage.device.type != "meta":  # a compiler's stand-ins hold nothing
-            seen[storage._cdata] = storage.nbytes()
-    return sum(seen.values())
+        storage = storage_of(thing)
+        if storage is not None and storage.device.type != "meta":  # a compiler's stand-ins hold nothing
+            yield storage
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """What a tensor lies in; None for sparse and wrapper tensors, which have no storage of their own."""
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def rss_bytes() -> int | None:

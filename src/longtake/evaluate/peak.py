@@ -1,76 +1,80 @@
-"""The most bytes of tensors that are alive while something runs on the CPU, by watching every operation."""
+"""The most bytes of tensors that are alive while something runs, by watching every operation."""
 
 from __future__ import annotations
 
-import gc
 import weakref
-from typing import Any
+from collections.abc import Set
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .measure import living_storages, storage_of
 
-class WatchBytes(TorchDispatchMode):
-    """From `start` to `stop`, `extra` becomes the bytes of CPU storages alive at most, above those alive at the start.
 
-    What exists at the start is looked up among Python's objects, so that it counts when it is given back. What a kernel
-    allocates for itself alone is not seen.
+class PeakBytes(TorchDispatchMode):
+    """`with PeakBytes() as watch:` leaves in `peak` the most bytes of CPU storages that operations made and that were
+    alive at once. What a kernel allocates for itself alone is not seen.
+
+    `existing`: what is there at the start is looked up among Python's objects, so that it counts when it is given back.
+    `start` and `stop` are for where there is no one place to leave; a second `stop` does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, existing: bool = False) -> None:
         super().__init__()
+        self._existing, self._running = existing, False
         self._known: dict[int, weakref.ref[Any]] = {}
         self._now = self._first = self._most = 0
-        self._running = False
 
     @property
-    def extra(self) -> int:
+    def peak(self) -> int:
         return self._most - self._first
 
-    def start(self) -> None:
-        gc.collect()
-        tensors: dict[type, bool] = {}
-        for thing in gc.get_objects():
-            kind = type(thing)  # not isinstance: it would run properties of lazy modules
-            if kind not in tensors:
-                tensors[kind] = issubclass(kind, Tensor)
-            if tensors[kind]:
-                self._note(thing)
+    def __enter__(self) -> Self:
+        if self._existing:
+            for storage in living_storages("cpu"):
+                self._note(storage)
         self._first = self._most = self._now
         self._running = True
+        super().__enter__()
+        return self
+
+    def start(self) -> None:
         self.__enter__()
 
     def stop(self) -> None:
-        """Once more does nothing."""
         if self._running:
-            self._running = False
             self.__exit__(None, None, None)
-            self._known.clear()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._running = False
+        super().__exit__(*raised)
+        self._known.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            self._note(storage, given)
         self._most = max(self._most, self._now)
         return out
 
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
+    def _note(self, storage: torch.UntypedStorage, given: Set[int] = frozenset()) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in given:  # seen before; a view of what was there
             return
-        try:
-            storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse and wrapper tensors have no storage of their own
-            return
-        key = storage._cdata
-        if key in self._known:
-            return
-        bytes_ = storage.nbytes()
 
         def gone(_: Any) -> None:
             if self._known.pop(key, None) is not None:
-                self._now -= bytes_
+                self._now -= size
 
         self._known[key] = weakref.ref(storage, gone)
-        self._now += bytes_
+        self._now += size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Those of the CPU tensors in what an operation was given, or gave."""
+    tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type == "cpu")
+    return [storage for x in tensors if (storage := storage_of(x)) is not None]
