@@ -11,3 +11,8 @@ class PlanError(LongtakeError):
 
 class NonFiniteError(RuntimeError):
     """A chunk came out with NaN or infinity; it was not committed, so the session still holds the state before it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; of one that says nothing, its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from .. import errors
 from ..errors import LongtakeError
 
 LOOPBACK = "127.0.0.1"
@@ -115,4 +116,4 @@ def _on_loopback(wanted: bool) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what Ray says; the rest are traces of its workers."""
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
+    return " ".join(errors.first_line(error).split())

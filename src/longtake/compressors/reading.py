@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..errors import LongtakeError
+from ..errors import LongtakeError, first_line
 from .dual_branch import DualBranch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,8 +28,7 @@ def load_compressor(folder: str | Path, **options: Any) -> DualBranch:
     except LongtakeError as error:
         raise LongtakeError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # loaders raise anything from OSError to SafetensorError
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LongtakeError(f"{folder} cannot be read: {first}") from error
+        raise LongtakeError(f"{folder} cannot be read: {first_line(error)}") from error
     if absent := report["missing_keys"]:  # diffusers would go on with random values in their place
         raise LongtakeError(
             f"{folder} lacks {len(absent)} of its weights, {sorted(absent)[0]} among them, it is damaged: copy it "

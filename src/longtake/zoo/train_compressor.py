@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..compressors import CARRIES, DualBranch
 from ..compressors.reading import WEIGHTS
-from ..errors import LongtakeError
+from ..errors import LongtakeError, first_line
 from ..hosts.loading import embedded, load
 from ..hosts.wan import CausalWan
 from ..named import spec
@@ -242,7 +242,7 @@ class Trainer:
                 inner if inner.is_dir() else folder, torch_dtype=dtype, local_files_only=True
             )
         except Exception as error:  # loaders raise anything from OSError to SafetensorError
-            raise LongtakeError(f"--{option}-score {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise LongtakeError(f"--{option}-score {folder} cannot be loaded: {first_line(error)}") from error
         ours, theirs = self.host.transformer.config, model.config
         for name in ("in_channels", "text_dim"):
             if ours[name] != theirs[name]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...errors import LongtakeError
+from ...errors import LongtakeError, first_line
 from ..base import CONFIG_NAME, HostConfig
 from .fsq_tokenizer import FSQTokenizer
 from .host import TEXT_TOKENIZER, Lumos
@@ -55,8 +55,7 @@ def from_folder(
         if strange := report["mismatched_keys"]:
             raise LongtakeError(f"{len(strange)} of its weights have other sizes than config.json says")
     except Exception as error:  # loaders raise anything from OSError to SafetensorError
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LongtakeError(f"{folder} cannot be loaded: {line}") from error
+        raise LongtakeError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model.eval().requires_grad_(False).to(device)
     return Lumos(model, config, tokenizer=text_tokenizer(folder, fetch), codec=codec, name=name)
 
@@ -77,8 +76,7 @@ def video_tokenizer(
     try:
         codec = FSQTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LongtakeError(f"{source} cannot be loaded: {line}") from error
+        raise LongtakeError(f"{source} cannot be loaded: {first_line(error)}") from error
     return codec.eval().requires_grad_(False).to(device)
 
 
@@ -105,5 +103,4 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(REPOSITORY, allow_patterns=[f"{inner}/*"])) / inner
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LongtakeError(f"{name} cannot be fetched from the Hub: {line}") from error
+        raise LongtakeError(f"{name} cannot be fetched from the Hub: {first_line(error)}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...digest import file_sha256
-from ...errors import LongtakeError
+from ...errors import LongtakeError, first_line
 from ..base import Decoder
 from .fsq import FSQ
 
@@ -75,7 +75,7 @@ class CosmosTokenizer:
                 torch.jit.load(str(path), map_location=self.device).eval() for path in paths
             )
         except (RuntimeError, ValueError, OSError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             raise LongtakeError(f"{self.folder}: not loadable as TorchScript ({line})") from error
         # what the weights are: the published pair computes in bfloat16
         self.dtype = next((p.dtype for p in self._encoder.parameters()), torch.float32)
