@@ -376,3 +376,41 @@ def test_the_command_refuses_what_cannot_work_before_it_starts(tmp_path, monkeyp
     ):
         result = CliRunner().invoke(app, ["train", "tiny-lumos", "--out", "m", *arguments])
         assert result.exit_code == 2 and words in result.stderr, result.output
+
+
+# --- the weights that come with it ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return longtake.load("tiny-lumos")
+
+
+def test_the_embedded_weights_know_scenery_they_never_saw(embedded):
+    """Half a frame and more is masked; an even guess costs 7.56 nats a code."""
+    shelf = tiny_lumos_clips.Library(embedded.codec, seed=1 << 30)
+    shelf.grow(3)
+    rng = np.random.default_rng(0)
+    words = tiny_lumos.text_tokenizer()
+    cost = lambda model: tiny_lumos.loss_of(model, shelf.draw(np.random.default_rng(1), 2), words, rng)[1]["nats"]
+    with torch.no_grad():
+        assert cost(embedded.model) < 4 < 7 < cost(tiny_lumos.build())
+
+
+def test_the_embedded_model_packs_its_past_behind_a_first_image(embedded):
+    """Under 6 MB; a take from an image shows it, and holds what four frames hold."""
+    folder = Path(longtake.__file__).parent / "zoo" / "tiny-lumos"
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 6_000_000
+    video, prompt = lanes.sample(5, 1)
+    image = torch.from_numpy(video[0]).permute(2, 0, 1) / 127.5 - 1
+    take = Session(
+        embedded, prompt=prompt, image=image, policy=longtake.PackCache(), chunks=6,
+        sampler=longtake.MaskedSampler(steps=4, history_mask=0.5),
+    )  # fmt: skip
+    sizes = []
+    for chunk in take:
+        if not sizes:
+            error = (chunk.frames[0].cpu().numpy().astype(float) - video[0]) / 255
+            assert -10 * np.log10(np.mean(error**2)) > 20, "the image, as its codes have it"
+        sizes.append(chunk.stats.history_bytes)
+    assert sizes[-1] == sizes[-2] > 0
