@@ -404,7 +404,7 @@ def test_the_embedded_model_packs_its_past_behind_a_first_image(embedded):
     video, prompt = lanes.sample(5, 1)
     image = torch.from_numpy(video[0]).permute(2, 0, 1) / 127.5 - 1
     take = Session(
-        embedded, prompt=prompt, image=image, policy=longtake.PackCache(), chunks=6,
+        embedded, prompt=prompt, image=image, policy=longtake.PackCache(), chunks=9,
         sampler=longtake.MaskedSampler(steps=4, history_mask=0.5),
     )  # fmt: skip
     sizes = []
@@ -413,4 +413,4 @@ def test_the_embedded_model_packs_its_past_behind_a_first_image(embedded):
             error = (chunk.frames[0].cpu().numpy().astype(float) - video[0]) / 255
             assert -10 * np.log10(np.mean(error**2)) > 20, "the image, as its codes have it"
         sizes.append(chunk.stats.history_bytes)
-    assert sizes[-1] == sizes[-2] > 0
+    assert sizes[1] < sizes[-4] == sizes[-3] == sizes[-2], "the last frame is not kept, nobody looks at it"
