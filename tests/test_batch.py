@@ -19,6 +19,7 @@ from longtake.cluster.making import RECORD, VIDEO
 from longtake.cluster.results import Results
 from longtake.commands import options
 from longtake.video import read_video
+from tests.lumos import write_folder
 from tests.serving import until
 
 BALL = {"prompt": "a red ball bouncing on a dark background", "chunks": 1, "seed": 1}
@@ -66,12 +67,14 @@ def test_what_is_wrong_with_lines_as_they_stand_is_told_at_once_and_nothing_is_s
         2: '{"prompt": ', 4: BALL | {"policy": "windw"}, 5: BALL | {"size": "100000000x16"},
         6: BALL | {"size": "60x64"}, 7: BALL | {"model": "tiny-shape"},
         8: BALL | {"model": "tiny-skyreels", "size": "61x64"}, 9: SQUARE | {"id": "square", "seed": 9},
+        10: BALL | {"model": str(write_folder(tmp_path / "lumos")), "size": "64x40"},
     }  # fmt: skip
     said = {
         2: "not JSON", 4: "windw", 5: "WIDTHxHEIGHT", 6: "60x64", 7: "model 'tiny-shape'", 8: "61x64", 9: "another id",
+        10: "64x40",
     }  # fmt: skip
     before = inodes(out)
-    file = write(tmp_path / "p.jsonl", BALL | {"seed": 77}, *(wrong.get(number, "") for number in range(2, 10)))
+    file = write(tmp_path / "p.jsonl", BALL | {"seed": 77}, *(wrong.get(number, "") for number in range(2, 11)))
     for where in (out, tmp_path / "new"):
         done = invoked(file, "-o", where)
         told = [number for number in wrong if where == out or number != 9]  # there the id is free

@@ -28,8 +28,10 @@ from longtake.evaluate.compare.cells import Cell, Store, fingerprint
 from longtake.evaluate.compare.course import comings, course
 from longtake.evaluate.compare.footage import Footage, Projector, probes
 from longtake.evaluate.compare.markdown import markdown
+from longtake.evaluate.compare.matrix import Matrix
 from longtake.evaluate.compare.picture import off_actor_ssim, psnr, slopes
 from longtake.evaluate.compare.protocols import Setting, fork, held, run
+from longtake.evaluate.decay_note import with_decay
 from longtake.evaluate.metrics.likeness import ssim_map
 from longtake.hosts.base import HostConfig
 from longtake.samplers.chunked import NoiseSource
@@ -427,6 +429,26 @@ def test_a_cell_is_known_by_all_that_decides_it_and_by_nothing_else(model):
     before = fingerprint(model)
     (model / "training.json").write_text("{}\n")
     assert fingerprint(model) == before
+
+
+def test_another_measured_decay_makes_another_cell_and_only_of_those_who_go_by_it(model, tmp_path):
+    def keys(note: float | None, free: bool = False) -> dict[str, str]:
+        copy = tmp_path / str(note)
+        if not copy.exists():
+            shutil.copytree(model, copy)
+            if note is not None:
+                text = (copy / "longtake.json").read_text()
+                (copy / "longtake.json").write_text(with_decay(text, note))
+        specs = ("packcache:rho=auto", "packcache", "window")
+        takes = Matrix(prompts=("a ball",), policies=specs, chunks=(2,), seeds=(0,)) if free else None
+        plan = runner.Plan((str(copy),), () if free else specs, (9,), 1, (QUICK,), "cpu", takes=takes)
+        return {cell.arm.name: cell.key for cell in runner.cells(plan, []) if not cell.arm.control}
+
+    for free in (False, True):
+        slow, slower, without = keys(0.8, free), keys(0.9, free), keys(None, free)
+        assert slow["packcache:rho=auto"] != slower["packcache:rho=auto"]
+        assert {**slow, "packcache:rho=auto": ""} == {**slower, "packcache:rho=auto": ""}
+        assert "packcache:rho=auto" not in without and without["packcache"] == slow["packcache"]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

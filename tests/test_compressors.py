@@ -402,6 +402,7 @@ def test_a_compressor_that_the_command_cannot_use_is_refused(options, word, tmp_
     told = [str(tmp_path / "c") if option == "DIR" else option for option in options]
     made = CliRunner().invoke(app, ["generate", "a ball", "-o", str(tmp_path / "v.mp4"), *told])
     assert made.exit_code == 2 and re.search(word, " ".join(made.output.split())), made.output
+    assert [path.name for path in tmp_path.iterdir()] == ["c"], "nothing was written"
 
 
 def test_what_comes_with_longtake_still_fits():

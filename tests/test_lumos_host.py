@@ -21,6 +21,7 @@ from longtake.hosts.lumos.host import PromptLayer
 from longtake.hosts.lumos.loading import published
 from longtake.hosts.lumos.sequence import text_positions
 from longtake.rope import mm_rope_table
+from longtake.session import history_shape
 
 from .lumos import WORDS, Fed, tiny_codec, tiny_lumos, tiny_model, tiny_settings, tiny_words, write_folder
 
@@ -159,6 +160,26 @@ def test_a_frame_has_the_published_counts_and_ids():
     assert geometry.latent_frames(48) == 13
     with pytest.raises(LongtakeError, match="height 392 does not fit this model: use a multiple of 32"):
         LumosGeometry(392, 672, 1, 1, 12, patch=(1, 1, 1))
+    with pytest.raises(LongtakeError, match="width 60 does not fit this model: use a multiple of 32, e.g. 64"):
+        LumosGeometry(384, 60, 1, 1, 12, patch=(1, 1, 1))
+
+
+def test_a_side_that_no_size_token_names_is_refused():
+    host = tiny_lumos(codec=False)  # the next token would be another word, or a code
+    most = 32 * WORDS["largest"]
+    assert host.geometry(32, most).width == most
+    with pytest.raises(LongtakeError, match=f"has words for sides of up to {most} pixels"):
+        host.geometry(32, most + 32)
+
+
+def test_codes_have_no_compressed_form_and_a_policy_that_asks_for_one_says_what_to_do():
+    host = tiny_lumos(codec=False)
+    for compressor in (None, longtake.MeanPool()):
+        with pytest.raises(LongtakeError, match="has no compressed form: use middle=full"):
+            Session(host, longtake.PackForcing(), prompt="red kite", decode=False, compressor=compressor)
+    with pytest.raises(LongtakeError, match="has no compressed form: use middle=full"):
+        longtake.PackForcing().fit(10**6, history_shape(host, host.geometry()))
+    next(Session(host, longtake.PackForcing(middle="full"), prompt="red kite", decode=False))
 
 
 class Letters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,12 @@ def test_steps_and_length_scale_the_cost():
 # --- any policy on metadata -------------------------------------------------------------------------------------------
 
 
+def test_a_measured_decay_is_planned_with():
+    measured = replace(SHAPES["lumos-1-1b"], decay=0.8)
+    request = PlanRequest(model="", shape=measured, frames=17, policy=PackCache(rho="auto"))
+    assert plan(request) == plan(replace(request, policy=PackCache(rho=0.8)))
+
+
 def test_a_walk_counts_what_a_window_shows():
     layout = Layout(tokens_per_frame=10, grid=(2, 5), text=3)
     steps = list(walk(SlidingWindow(6, 1), layout, [2] * 5))
@@ -192,7 +199,8 @@ def test_without_json_every_number_has_a_line():
         ("--model lumos-1-3b --frames 48 --size big", "write WIDTHxHEIGHT"),
         ("--model lumos-1-3b --frames 48 --chunk 3", "one latent frame at a time"),
         ("--model lumos-1-3b --frames 48 --policy nope", "no policy 'nope'; known: "),
-        ("--model lumos-1-3b --frames 48 --policy packcache:rho=auto", "rho=auto"),
+        ("--model lumos-1-3b --frames 48 --policy packcache:rho=auto", "rho=auto needs the model's measured decay"),
+        ("--model lumos-1-3b --frames 48 --size 6368x384", "words for sides of up to 6336 pixels"),
     ],
 )
 def test_a_wrong_question_gets_one_line_and_exit_code_2(arguments, message):

@@ -89,7 +89,7 @@ def test_measured_ceilings_come_before_nominal_ones_and_given_ones_before_both(t
 # --- one arithmetic ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["window", "packforcing:sink=1,top_k=2,archive=3", "packcache"])
+@pytest.mark.parametrize("policy", ["window", "packforcing:sink=1,top_k=2,archive=3", "packcache:rho=auto"])
 def test_an_embedded_model_is_planned_as_its_session_allocates_and_a_server_admits(policy):
     host = longtake.load("tiny-wan", device="cpu")
     method = parse(policy)

@@ -521,12 +521,13 @@ def history_shape(
     host: Host, geometry: Geometry, batch: int = 1, streams: int = 1, compressor: Compressor | None = None,
     history_dtype: str | None = None,
 ) -> HistoryShape:  # fmt: skip
-    """The sizes a policy needs, of a take of `host` at `geometry`; without a compressor, the model's own counts."""
+    """The sizes a policy needs, of a take of `host` at `geometry`; without a compressor, the model's own counts. Codes
+    have no compressed form: nothing is between two of them."""
     form = storage_form(history_dtype)
     itemsize = torch.empty((), dtype=host.dtype).element_size()
     return HistoryShape(
         host.layers, host.kv_heads, host.head_dim, itemsize, geometry.tokens_per_frame, geometry.chunk_frames,
-        batch, streams, compressed_tokens=(compressor or host.compressor).tokens(geometry),
+        batch, streams, compressed_tokens=0 if host.codes else (compressor or host.compressor).tokens(geometry),
         decay=host.config.decay, training_frames=host.config.training_frames,
         structural_tokens=len(geometry.structural) // geometry.chunk_frames,
         head_bytes=None if form is None else form.head_bytes(host.head_dim),

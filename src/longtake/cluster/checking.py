@@ -40,10 +40,10 @@ def _check_size(job: Job, shape: ModelShape | None) -> None:
     if shape is None or height is None or width is None:
         return
     from ..planner import PlanRequest
-    from ..planner.lumos import LumosShape
+    from ..planner.lumos import UNIT, LumosShape
     from ..planner.wan_sizes import WanSizes
 
-    unit = shape.unit() if isinstance(shape, WanSizes) else shape.patch if isinstance(shape, LumosShape) else 1
+    unit = shape.unit() if isinstance(shape, WanSizes) else UNIT if isinstance(shape, LumosShape) else 1
     PlanRequest(model=job.model, size=(width, height), chunks=1).pixels(shape, unit)
 
 

@@ -139,8 +139,6 @@ def generate(
     prompts = [text for text in (prompt, negative, *(text for _, text in switches)) if text is not None]
     check_host(host, bool(prompts), negative, guidance)
     say_cut(host, prompts)
-    if made_by is not None:
-        made_by.check(host)
     load_seconds = time.perf_counter() - started
     with shell.cpu_threads(threads, host) as used:
         later = [text for _, text in switches] + ([prompt] if prompt is not None and resume is not None else [])

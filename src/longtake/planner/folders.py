@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ def shape_of(folder: Path, name: str, run: Mapping[str, Any], itemsize: int) -> 
     """The shape of a model folder that is run as `run` says (the settings of a longtake.json), with working numbers of
     `itemsize` bytes. Raises LongtakeError for a folder that lacks what is needed, and for a family that cannot be read
     this way."""
+    return replace(_sizes(folder, name, run, itemsize), decay=run["decay"])
+
+
+def _sizes(folder: Path, name: str, run: Mapping[str, Any], itemsize: int) -> ModelShape:
     host = run["host"]
     if host == "lumos":
         model = read(folder / "config.json")

@@ -22,6 +22,7 @@ from .request import ModelShape, PlanRequest
 from .walk import Layout, Step, walk
 
 HEADER = 3  # tokens of a prompt without text
+UNIT = 32  # pixels that a side is a multiple of: what the size tokens count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class LumosShape(ModelShape):
     text_tokens: int = 278  # prompt, separator and video header: what the release's prompts take, about
     steps: int = 50
     streams: int = 2  # with guidance
+    longest_side: int = 198 * UNIT  # pixels: the largest size token
     own: str = "window:frames=7,sink=1"
 
     @property
@@ -53,7 +55,7 @@ class LumosShape(ModelShape):
         """What a policy is told of a take, anchors and its end apart."""
         return HistoryShape(
             self.layers, self.kv_heads, self.head_dim, self.itemsize, frame_tokens, 1, streams=self.streams,
-            structural_tokens=len(self.structural), training_frames=self.training_frames, **known,
+            structural_tokens=len(self.structural), training_frames=self.training_frames, decay=self.decay, **known,
         )  # fmt: skip
 
     @classmethod
@@ -69,6 +71,7 @@ class LumosShape(ModelShape):
             head_dim=model["head_dim"], vocabulary=model["vocab_size"], visual_codes=codes, text_tokens=text_tokens,
             training_frames=run["training_frames"], steps=run["steps"] or len(run["timesteps"]),
             streams=1 if run["guidance_scale"] == 1 else 2,
+            longest_side=(model.get("vocabulary") or {}).get("largest", 198) * UNIT,
         )  # fmt: skip
 
     @property
@@ -218,11 +221,9 @@ def plan(request: PlanRequest) -> dict[str, Any]:
 
 def anatomy(request: PlanRequest) -> Anatomy:
     """What a session of this request is made of, a given image included."""
-    shape, model, frames = _take(request)
+    shape, model, _ = _take(request)
     s, n = shape.itemsize, model.frame_tokens
-    # a session allows for a first image beside its chunks; text and image are anchors
-    ends = None if request.endless else frames
-    sizes = shape.history(n, frames=ends, anchor_tokens=shape.text_tokens + n, **request.held)
+    sizes = _sizes(request)
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     cells = code_cells(shape, model)
     hidden = cells * shape.hidden * (s if shape.streams == 1 else 4)  # what codes were last drawn from
@@ -237,6 +238,14 @@ def anatomy(request: PlanRequest) -> Anatomy:
         token_traffic=s * shape.layers * traffic,
         uncounted=("the video tokenizer, whose network is TorchScript: its weights, state and decode",),
     )  # fmt: skip
+
+
+def _sizes(request: PlanRequest) -> HistoryShape:
+    """What a session of this request tells its policy; it allows for a first image beside its chunks, and text and
+    image are anchors."""
+    shape, model, frames = _take(request)
+    ends, n = None if request.endless else frames, model.frame_tokens
+    return shape.history(n, frames=ends, anchor_tokens=shape.text_tokens + n, **request.held)
 
 
 def code_cells(shape: LumosShape, model: CostModel) -> int:
@@ -258,7 +267,11 @@ def _take(request: PlanRequest) -> tuple[LumosShape, CostModel, int]:
     assert isinstance(shape, LumosShape)
     if request.chunk not in (None, 1):
         raise LongtakeError(f"--chunk {request.chunk}: {shape.name} generates one latent frame at a time")
-    width, height = request.pixels(shape, 32)  # the size tokens count units of 32 pixels
+    width, height = request.pixels(shape, UNIT)
+    if max(width, height) > shape.longest_side:
+        raise LongtakeError(
+            f"size {width}x{height}: {shape.name} has words for sides of up to {shape.longest_side} pixels"
+        )
     asked = request.pixel_frames(shape.fps)
     frames = shape.latent_frames(asked) if asked is not None else (request.chunks or 0) + 1
     if frames < 2:
@@ -272,4 +285,5 @@ def _steps(request: PlanRequest) -> list[Step]:
     tokens = model.frame_tokens
     grid = (model.height // shape.patch, model.width // shape.patch + 1)
     layout = Layout(tokens, grid, tuple(i % tokens for i in shape.structural), shape.text_tokens)
-    return list(walk(request.policy or FullHistory(), layout, [1] * (frames - 1), given=1))
+    policy = (request.policy or FullHistory()).settle(_sizes(request))
+    return list(walk(policy, layout, [1] * (frames - 1), given=1))

@@ -84,7 +84,7 @@ class MagiShape(ModelShape):
         """What a policy is told of a take, but for its end and the chunks in flight."""
         return HistoryShape(
             self.layers, self.kv_heads, self.head_dim, self.itemsize, per_frame, self.chunk_frames,
-            training_frames=self.training_frames, **known,
+            training_frames=self.training_frames, decay=self.decay, **known,
         )  # fmt: skip
 
     @classmethod

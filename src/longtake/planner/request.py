@@ -29,6 +29,7 @@ class ModelShape:
     own: str = "full"  # the policy it is run with if the user names none, as the command line has it
     planned: str = "full"  # the policy of a plan that names none: what others are compared with
     training_frames: int | None = None  # latent frames of a training clip, if known
+    decay: float | None = None  # measured fall of attention per latent frame of distance, if it was
     sizes: tuple[tuple[int, int], ...] = ()  # others it is asked for: width, height
 
 

@@ -102,7 +102,7 @@ def count(
     for window in windows(shape, frames, chunk):
         sizes = HistoryShape(
             shape.layers, shape.heads, shape.head_dim, shape.itemsize, per_frame, chunk, streams=streams,
-            frames=_most(shape, frames), live_chunks=shape.in_flight(len(window.spans), steps),
+            frames=_most(shape, frames), live_chunks=shape.in_flight(len(window.spans), steps), decay=shape.decay,
         )  # fmt: skip
         walk = Walk(policy, sizes, window.spans, steps, shape.lag, commit, window.given, skipped)
         for visit in walk.visits():

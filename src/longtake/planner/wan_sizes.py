@@ -82,7 +82,7 @@ class WanSizes(ModelShape):
             HistoryShape(
                 self.layers, self.heads, self.head_dim, self.itemsize, geometry.tokens_per_frame,
                 geometry.chunk_frames, streams=self.streams, frames=frames, compressed_tokens=small,
-                training_frames=self.training_frames,
+                training_frames=self.training_frames, decay=self.decay,
             ), **known,
         )  # fmt: skip
 

@@ -197,9 +197,8 @@ class PackForcing(KVPolicy):
         """First a smaller sink, if it must be; then an archive of up to four times `top_k` blocks, then more recent
         chunks whole, and what is left again for the archive. Of it no more blocks are shown than stand within a
         training clip, packed: a model that was not trained under this policy knows no further places."""
+        self.check(shape)
         tokens, block = budget // shape.token_bytes, self._block(shape)
-        if not block:
-            raise LongtakeError("packforcing cannot be fitted without knowing how many tokens a compressed chunk has")
         per_recent = shape.chunk_tokens + (shape.compressed_tokens if self.middle == "compressed" else 0)
         endless = replace(shape, frames=None)
         for sink in range(self.sink, -1, -1):
@@ -226,7 +225,7 @@ class PackForcing(KVPolicy):
     def check(self, shape: HistoryShape) -> None:
         if self.middle == "compressed" and not shape.compressed_tokens:
             raise LongtakeError(
-                "packforcing keeps its middle compressed, and this model has no compressor: use middle=full"
+                "packforcing keeps its middle compressed, and this model has no compressed form: use middle=full"
             )
 
     # --- within ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ...compressors import parse as parse_compressor
 from ...errors import LongtakeError
 from ...named import spec as described
 from ...plan import HistoryShape
-from ...policies import FullHistory, KVPolicy, SlidingWindow, registry
+from ...policies import FullHistory, KVPolicy, PackCache, SlidingWindow, registry
 from ...reuse import NoReuse, ReusePolicy
 from ...reuse import registry as reuses
 
@@ -88,6 +88,7 @@ def arms(specs: Sequence[str], frames: Sequence[int], shape: HistoryShape, notes
             whole = budget is not None or not frames or isinstance(policy, FullHistory)
             name = spec if whole else f"{spec} (not fitted)"
             try:
+                chosen = _measured(chosen, shape)
                 chosen.settle(shape).check(shape)
             except LongtakeError as error:
                 notes.append(f"{_at(spec, budget)}: {error}")
@@ -131,6 +132,7 @@ def take_arms(
     for spec in () if frames else dict.fromkeys(specs or [described(own)]):
         policy = registry.parse(spec) if specs else own
         try:
+            policy = _measured(policy, shape)
             policy.settle(shape).check(shape)
         except LongtakeError as error:
             notes.append(f"{spec}: {error}")
@@ -173,6 +175,12 @@ def _fitted(
         if other := _overruled(spec, policy, fitted):
             notes.append(f"{_at(spec, budget)} is fitted with {other}")
     return found or [(None, policy)]
+
+
+def _measured(policy: KVPolicy, shape: HistoryShape) -> KVPolicy:
+    """The policy with the model's measured decay where it goes by it: that is a note beside the model, and the hash of
+    the model's files does not hold it. Raises LongtakeError if there is no such note."""
+    return policy.settle(shape) if isinstance(policy, PackCache) else policy
 
 
 def _overruled(spec: str, given: KVPolicy, fitted: KVPolicy) -> str:

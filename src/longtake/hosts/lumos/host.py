@@ -69,10 +69,12 @@ class Lumos(Host):
             raise LongtakeError(f"{name} was trained on {self.codes} codes, the video tokenizer has {codec.codes}")
 
     def geometry(self, height: int | None = None, width: int | None = None) -> LumosGeometry:
-        return LumosGeometry(
-            self.config.height if height is None else height, self.config.width if width is None else width,
-            1, self.config.chunk_frames, self.config.fps, patch=(1, 1, 1),
-        )  # fmt: skip
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
+        most = sequence.SIZE_UNIT * self.words.largest
+        if max(height, width) > most:
+            raise LongtakeError(f"size {width}x{height}: {self.name} has words for sides of up to {most} pixels")
+        return LumosGeometry(height, width, 1, self.config.chunk_frames, self.config.fps, patch=(1, 1, 1))
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 

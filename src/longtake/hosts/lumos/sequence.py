@@ -61,13 +61,13 @@ class LumosGeometry(Geometry):
     """A frame of codes with a newline behind every row, between four structural tokens."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for side, pixels in (("height", self.height), ("width", self.width)):
-            if pixels % SIZE_UNIT:
+            if pixels <= 0 or pixels % SIZE_UNIT:
                 near = max(1, round(pixels / SIZE_UNIT)) * SIZE_UNIT
                 raise LongtakeError(
                     f"{side} {pixels} does not fit this model: use a multiple of {SIZE_UNIT}, e.g. {near}"
                 )
+        super().__post_init__()
 
     @property
     def grid(self) -> tuple[int, int]:
