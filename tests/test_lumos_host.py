@@ -172,6 +172,14 @@ def test_a_side_that_no_size_token_names_is_refused():
         host.geometry(32, most + 32)
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(3, 32, 64, dtype=torch.uint8), torch.full((3, 32, 64), torch.nan)], ids=["bytes", "nan"]
+)
+def test_a_picture_that_codes_would_hide_is_refused(wrong):
+    with pytest.raises(LongtakeError, match=r"give finite floats in \[-1, 1\]"):
+        Session(tiny_lumos(), prompt="red kite", image=wrong)
+
+
 def test_codes_have_no_compressed_form_and_a_policy_that_asks_for_one_says_what_to_do():
     host = tiny_lumos(codec=False)
     for compressor in (None, longtake.MeanPool()):

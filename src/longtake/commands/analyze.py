@@ -178,7 +178,7 @@ def _host(
     host = load_host(model or options.DEFAULT_MODEL, device, dtype, None, "offload")
     prompts = prompts or list(host.config.prompts)
     if not prompts:
-        raise LongtakeError(f"{host.name} comes without example prompts: give one")
+        raise LongtakeError(f"{host.name} comes without example prompts: give --prompt")
     return host, prompts
 
 

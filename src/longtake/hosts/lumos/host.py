@@ -159,6 +159,9 @@ class Lumos(Host):
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
+        if not video.is_floating_point() or not video.isfinite().all():  # codes would hide both
+            found = "NaN or infinity" if video.is_floating_point() else str(video.dtype)
+            raise LongtakeError(f"frames {tuple(video.shape)} of {found}: give finite floats in [-1, 1]")
         return self._codec().encode(video).to(self.device)
 
     @property
