@@ -160,7 +160,7 @@ def test_a_frame_has_the_published_counts_and_ids():
     assert geometry.latent_frames(48) == 13
     with pytest.raises(LongtakeError, match="height 392 does not fit this model: use a multiple of 32"):
         LumosGeometry(392, 672, 1, 1, 12, patch=(1, 1, 1))
-    with pytest.raises(LongtakeError, match="width 60 does not fit this model: use a multiple of 32, e.g. 64"):
+    with pytest.raises(LongtakeError, match=r"width 60 does not fit this model: use a multiple of 32, e\.g\. 64"):
         LumosGeometry(384, 60, 1, 1, 12, patch=(1, 1, 1))
 
 
