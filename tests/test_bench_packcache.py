@@ -389,7 +389,8 @@ def test_the_command_writes_json_and_picture(tmp_path):
         ({"baselines": ("free",)}, "baseline 'free': use mask-free or authors-like"),
         ({"shape": "lumos-1-3b", "device": "cuda"}, "torch sees no CUDA device"),
         ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"steps": -1}, "-1 steps"),
+        ({"steps": 0}, "0 steps"),
+        ({"policy": PackCache(rho="auto")}, "rho=auto needs the model's measured decay"),
     ],
 )
 def test_wrong_requests_say_what_would_do(options, message):

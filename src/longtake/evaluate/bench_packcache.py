@@ -65,8 +65,8 @@ def run(
     whose memory one long take may fill, one after another. An arm that fails, for want of memory say, becomes a row of
     `missing`; what it measured before stays. Without a shape it is "lumos-cpu", on a CUDA device "lumos-1-1b".
 
-    Raises LongtakeError for an unknown shape, baseline or dtype, for lengths without a generated frame, and on a busy
-    machine unless `force`.
+    Raises LongtakeError for an unknown shape, baseline or dtype, for lengths without a generated frame, for a policy
+    that is not for these models, and on a busy machine unless `force`.
     """
     bench = named(shape or (ON_CUDA if (device or "").startswith("cuda") else ON_CPU), SHAPES)
     where = place(device or bench.device, bench.shape.name, ON_CPU)
@@ -76,10 +76,13 @@ def run(
     if not latent or min(latent) < 2:
         raise LongtakeError(f"{list(frames)} pixel frames: the first one is given, so ask for 2 or more each")
     lengths = list(zip(frames, latent, strict=True))
-    steps = steps or bench.steps
+    steps = bench.steps if steps is None else steps
     if steps < 1:
         raise LongtakeError(f"{steps} steps: give at least 1")
     policy = policy or PackCache()
+    per_frame = bench.shape.tokens_per_frame(bench.shape.width, bench.shape.height)
+    sizes = bench.shape.history(per_frame, frames=max(latent))
+    policy.settle(sizes).check(sizes)  # before what may take hours
     options: dict[str, Any] = {"threads": threads, "force": force, "command": command, "progress": progress}
     with staged(where, dtype or bench.dtype, **options) as stage:
         host, in_turn = bench.host(where, stage.dtype, steps, seed), where.type == "cpu"

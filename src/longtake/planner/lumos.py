@@ -236,7 +236,7 @@ def anatomy(request: PlanRequest) -> Anatomy:
         query=query, pairing="half", flop_shape=shape.flop_shape,
         streamed=s * (shape.linear_parameters + shape.hidden * shape.visual_codes),
         token_traffic=s * shape.layers * traffic,
-        uncounted=("the video tokenizer, whose network is TorchScript: its weights, state and decode",),
+        uncounted=("the video tokenizer: its weights, state and decode",),
     )  # fmt: skip
 
 
