@@ -187,7 +187,7 @@ class MagiHost(PromptReader, Host):
     @torch.no_grad()
     def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
         if metric != "latent" or latents is None:
-            return super().feature(metric, latents, timestep)
+            raise LongtakeError(f"{self.name} has no feature {metric!r} to reuse by: use metric=latent")
         weight = self.transformer.x_embedder.weight.float()
         scaled = latents.to(weight) * self.transformer.config.x_rescale_factor
         return F.conv3d(scaled, weight, stride=self.transformer.x_embedder.stride)
