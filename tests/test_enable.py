@@ -254,3 +254,43 @@ def test_a_pipeline_and_its_folder_load_as_a_host(tmp_path: Any) -> None:
     assert (host.config.host, host.config.overlap, host.solver) == ("skyreels", 5, "unipc")
     take = Session(host, prompt="red kite", num_frames=9, num_inference_steps=2, height=32, width=32, decode=False)
     assert [chunk.latents.shape for chunk in take] == [(4, 3, 4, 4)]
+
+
+@pytest.mark.parametrize("reuse", [FlowCacheReuse("slow"), FlowCacheReuse(), TeaCacheReuse("fast"), None], ids=str)
+def test_defaults_and_presets_reuse_and_keep_a_window_that_fits_whole(reuse: Any) -> None:
+    """A window of five chunks, all in flight at once, and a budget of six by default: nothing is ever compressed."""
+    pipe = pipeline()
+    videos = []
+    for policy in (None, longtake.FlowCacheKV()):
+        with longtake.enable(pipe, reuse=reuse, policy=policy) as run:
+            videos.append(call(pipe, num_inference_steps=12))
+        assert (run.clock.reused > 0) == (reuse is not None)
+    assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize("reuse", ["slow", FlowCacheReuse(0.2, "latent", warmup=2), None], ids=str)
+def test_a_session_compresses_as_the_pipeline_does(reuse: Any) -> None:
+    pipe, host = pipeline(OwnTable), tiny_skyreels()
+    host.transformer.load_state_dict(pipe.transformer.state_dict())
+    reuse = FlowCacheReuse(reuse) if isinstance(reuse, str) else reuse
+    policy, options = longtake.FlowCacheKV(4), {"num_inference_steps": 9, "ar_step": 3, "guidance_scale": 1.0}
+
+    class Recorded:
+        at = 0
+
+        def draw(self, channels: int, frames: int, *size: int) -> Tensor:
+            self.at += frames
+            return start[:, :, self.at - frames : self.at]
+
+    with longtake.enable(pipe, reuse=reuse, policy=policy) as run:
+        own = call(pipe, **options)
+    start = torch.randn(1, 4, 25, 4, 4, generator=torch.Generator().manual_seed(3))
+    take = Session(
+        host, policy, prompt_embeds=words(1), guidance_scale=1.0, num_frames=97, decode=False, reuse=reuse,
+        sampler=Stagger(9, 3, window=25, overlap=5, compat="upstream"), noise=Recorded(),
+    )  # fmt: skip
+    chunks = list(take)
+    assert sum(chunk.stats.reused for chunk in chunks) == run.clock.reused
+    assert (run.clock.reused > 0) == (reuse is not None)
+    ours = torch.cat([chunk.latents for chunk in chunks], 1)[None]
+    assert float((ours - own).abs().max() / own.abs().max()) < 2e-5

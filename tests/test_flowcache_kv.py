@@ -434,7 +434,7 @@ def test_a_video_that_is_continued_is_compressed_like_any_past(given):
     FlowCacheReuse(0.2, "latent", warmup=2, last="none", rescale="identity"),
     TeaCacheReuse(0.5, "timestep", warmup=2, last="none", rescale="identity"),
 ], ids=["none", "timestep", "latent", "joint"])  # fmt: skip
-def test_only_forwards_whose_scores_can_matter_are_scored_and_the_video_stays_the_same(commit, reuse):
+def test_only_forwards_whose_scores_can_matter_are_scored_and_the_video_stays_the_same(commit, reuse, monkeypatch):
     """As against scoring every forward that is computed, to the bit."""
     host = tiny_skyreels(overlap=None, commit=commit, condition_noise=0.0)
 
@@ -444,7 +444,8 @@ def test_only_forwards_whose_scores_can_matter_are_scored_and_the_video_stays_th
             seed=4,
         )  # fmt: skip
         if everything:
-            session.rollout._last_forwards = lambda computed: {chunk.chunk for chunk in computed}
+            all_computed = lambda reuse, computed, rows, adopts: {turn.chunk for turn in computed}
+            monkeypatch.setattr("longtake.samplers.staggered.last_forwards", all_computed)
         own, calls = session.history.views["cond"].score, []
         session.history.views["cond"].score = lambda q, k: calls.append(k.shape) or own(q, k)
         return latents(session, 7), len(calls)

@@ -22,6 +22,7 @@ from longtake import (
 )
 from longtake.cli import app
 from longtake.hosts.reusable import timestep_feature
+from longtake.named import spec as specification
 from longtake.reuse import PRESETS, Change, ReuseRun, ReuseState, Turn, parse, read_log, write_log
 from longtake.reuse.presets import POLYNOMIALS, rescaled
 from longtake.reuse.registry import build, describe
@@ -437,11 +438,13 @@ def test_memory_of_reuse_is_counted_while_chunks_are_in_flight():
 
 
 @pytest.mark.parametrize(
-    "spec", ["flowcache", "flowcache:slow", "flowcache:fast,carry=residual", "teacache:0.2", "none"]
+    "spec",
+    ["flowcache", "flowcache:slow", "flowcache:fast,carry=residual", "teacache:0.2", "flowcache:last=none", "none"],
 )
 def test_a_specification_names_a_policy_and_its_options(spec):
     policy = parse(spec)
-    assert policy == build(*describe(policy))
+    assert policy == build(*describe(policy)) == parse(specification(policy))
+    assert getattr(parse("flowcache:last=none").for_model("skyreels"), "last", "") == "none"
     assert parse("flowcache:0.2,metric=latent,warmup=3") == FlowCacheReuse(0.2, "latent", warmup=3)
     assert isinstance(parse("none"), NoReuse)
 

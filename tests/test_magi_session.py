@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 import longtake
-from longtake import FlowCacheKV, FlowCacheReuse, FullHistory, LongtakeError, ReplayReuse, Session, SlidingWindow
+from longtake import (
+    DummyForcing,
+    FlowCacheKV,
+    FlowCacheReuse,
+    FullHistory,
+    LongtakeError,
+    ReplayReuse,
+    Session,
+    SlidingWindow,
+)
 from longtake.flops import Flops
 from longtake.hosts.base import Pass
 from longtake.hosts.magi.host import MagiHost
@@ -180,6 +189,18 @@ def test_another_number_of_steps_keeps_as_many_chunks_in_flight(kind: str, reque
     assert host.with_steps(16).settings.step_size(0) == (8 if kind == "distilled" else None)
     with pytest.raises(LongtakeError, match="multiple of 4"):
         Session(host, prompt_embeds=words(), chunks=5, num_inference_steps=10, decode=False)
+
+
+@pytest.mark.parametrize("kind", ["base", "distilled"])
+def test_options_that_could_do_nothing_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
+    take = lambda **options: Session(request.getfixturevalue(kind), prompt_embeds=words(), decode=False, **options)
+    with pytest.raises(LongtakeError, match="scales of its own"):
+        take(guidance_scale=3.0)
+    with pytest.raises(LongtakeError, match="use metric=latent"):
+        list(take(chunks=2, reuse=FlowCacheReuse(0.1, "timestep")))
+    with pytest.raises(LongtakeError, match="let the first range be"):
+        take(chunks=6, policy=KVRange("2/1"))
+    assert len(latents(take(chunks=6, policy=DummyForcing(local=2)))) == 4
 
 
 # --- what an upstream program got wrong -------------------------------------------------------------------------------

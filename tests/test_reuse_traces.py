@@ -125,7 +125,13 @@ def test_the_benchmark_reports_and_checks(tmp_path):
     path = found.write(tmp_path, "kv")[0]
     told = json.loads(path.read_text())
     assert told["common_survivors"] == 1.0 and set(told["transient_bytes"]) == {"streamed", "explicit"}
-    assert [f["name"] for f in told["figures"]][-1] == "explicit / streamed" and "GB above" in found.text()
+    counts = {f["name"]: f["n"] for f in told["figures"]}
+    assert counts == {"streamed, per layer": 3, "explicit, per layer": 2, "explicit / streamed": 2}
+    streamed, explicit, factors = (f["values"] for f in told["figures"])
+    assert factors == pytest.approx([2 * explicit[i] / (streamed[i] + streamed[i + 1]) for i in (0, 1)], rel=1e-4)
+    assert "GB above" in found.text()
+    assert all("2 runs of the explicit way" in said for said in (found.text(), found.markdown()))
+    assert found.targets[-1].found == f"{min(factors):.3g}"
     for wrong in ({"shape": "big"}, {"pairs": 0}, {"dtype": "int8"}):
         with pytest.raises(LongtakeError):
             run(**{"shape": "micro", "force": True} | wrong)

@@ -788,7 +788,13 @@ def test_one_given_video_serves_all_takes_in_lockstep():
 def test_latents_that_cannot_be_committed_are_refused_and_change_nothing():
     take = take_of(chunks=2)
     size = (take.geometry.channels, 3, *take.geometry.latent_size)
-    for shape in ((2, *size), (1, size[0], 4, *size[2:]), (1, size[0] + 1, *size[1:]), size):
+    for shape in (
+        (2, *size),
+        (1, size[0], 4, *size[2:]),
+        (1, size[0], 0, *size[2:]),
+        (1, size[0] + 1, *size[1:]),
+        size,
+    ):
         with pytest.raises(LongtakeError, match="whole chunks"):
             take.extend(torch.zeros(shape))
     with pytest.raises(NonFiniteError, match="given chunk 0"):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from longtake import FlowCacheKV, FullHistory, LongtakeError, NoReuse, Session, SlidingWindow
 from longtake.chunk import Clock
+from longtake.named import spec
+from longtake.policies.registry import available, parse
 from longtake.reuse import Decision, FlowCacheReuse, ReplayReuse, TeaCacheReuse
 from longtake.samplers.chunked import Schedule
 from longtake.samplers.flight import InFlight
@@ -496,6 +498,22 @@ def test_settings_that_cannot_work_are_refused_with_advice() -> None:
         session(tiny_skyreels(overlap=None), policy=SlidingWindow(50), sampler=Stagger(steps=6, lag=1))
     with pytest.raises(LongtakeError, match="use frames="):
         session(tiny_skyreels(), policy=SlidingWindow(10, sink=0))
+    for frames in (0, 30):
+        with pytest.raises(LongtakeError, match="latent"):
+            session(num_frames=97).extend(torch.randn(1, 4, frames, 4, 4))
+
+
+@pytest.mark.parametrize("name", sorted(set(available()) - {"packforcing"}))
+def test_every_policy_goes_with_several_chunks_in_flight_and_reuse(name: str) -> None:
+    """Into a second window, after a given beginning."""
+    enough = {"deep-forcing": ":frames=27", "infinity-rope": ":frames=16", "longlive": ":frames=18"}
+    reuse = FlowCacheReuse(0.2, "latent", warmup=2, last="chunk", rescale="identity")
+    take = session(policy=parse(name + enough.get(name, "")), reuse=reuse, num_frames=117)
+    take.extend(torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
+    chunks = list(take)
+    assert sum(chunk.latents.shape[1] for chunk in chunks) == 27 and sum(chunk.stats.reused for chunk in chunks) > 0
+    assert all(chunk.latents.isfinite().all() for chunk in chunks)
+    assert "chunk_tokens" not in spec(take.policy)
 
 
 def test_unipc_of_a_chunk_equals_unipc_of_every_latent_frame() -> None:

@@ -28,6 +28,7 @@ from .hosts.skyreels import SkyReels
 from .plan import HistoryShape
 from .policies import FullHistory, KVPolicy
 from .reuse import Decision, NoReuse, ReusePolicy, ReuseRun, Turn
+from .samplers.rollout import last_forwards
 from .samplers.stagger import COMMITS
 
 PIPELINES = ("SkyReelsV2DiffusionForcingPipeline",)
@@ -41,11 +42,15 @@ class Window:
     size: int  # latent frames of a chunk
     frames: int
     ready: int  # chunks that are given
-    steps: int
-    levels: list[float]  # noise levels of the pipeline's scheduler, one more than steps
+    times: list[float]  # timesteps of a chunk's steps
+    levels: list[float]  # noise levels of the pipeline's scheduler, one more than times
     updates: list[list[bool]]  # [row][chunk]: whether the chunk takes a step
     number: int = 0  # what its first chunk would be numbered in the call, if it were not given
     last: int | None = None  # the chunk that is the call's last, if it is in this window
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
 
     @property
     def in_flight(self) -> int:
@@ -63,7 +68,8 @@ class Branch:
     ids: dict[int, int] = field(default_factory=dict)  # chunk in flight → its block in the history
     taken: dict[int, int] = field(default_factory=dict)  # chunk → steps taken
     planned: bool = False
-    scored: set[int] = field(default_factory=set)  # chunks whose forward in this row may be the last one looked at
+    entered: int = 0  # chunks of the window that are in the history, or were
+    scored: set[int] = field(default_factory=set)  # numbers of chunks whose forward in this row may be the last one
 
 
 class Enabled:
@@ -114,9 +120,11 @@ class Enabled:
         levels, ready = self.pipe.scheduler.sigmas.tolist(), given.get("num_pre_ready", 0) // size
         self._made += frames - ready * size
         ends = self._frames is None or self._made >= self._frames
+        updates = result[2][:, ::size].bool()
+        times = result[0][:, -1][updates[:, -1].to(result[0].device)].tolist()  # the last chunk's: it is never given
         self._window = Window(
-            size, frames, ready, len(given["step_template"]), levels, result[2][:, ::size].bool().tolist(),
-            self._chunks - ready, frames // size - 1 if ends else None,
+            size, frames, ready, times, levels, updates.tolist(), self._chunks - ready,
+            frames // size - 1 if ends else None,
         )  # fmt: skip
         self._chunks += frames // size - ready
         self._branches = {}
@@ -152,16 +160,21 @@ class Enabled:
         velocity = torch.zeros_like(hidden_states)
         parts, times = hidden_states.split(window.size, 2), timestep[0, :: window.size].tolist()
         given = range(window.ready) if branch.row == 0 else range(0)
+        for chunk in (*given, *self._done_before(branch, window)):
+            self._clean(branch, chunk, parts[chunk], times[chunk], text)
         takes = [c for c, steps in enumerate(window.updates[branch.row]) if steps and c not in given]
-        turns = {c: self._turn(branch, window, c, times[c]) for c in takes}
-        computed = dict(zip(takes, branch.reuse.decide(list(turns.values()), [parts[c] for c in takes]), strict=True))
-        branch.scored = self._last_forwards(branch, window, [turn for c, turn in turns.items() if computed[c]])
-        for chunk, (x, t) in enumerate(zip(parts, times, strict=True)):
-            if chunk in given or chunk in self._done_before(branch, window):
-                self._clean(branch, chunk, x, t, text)
-            elif chunk in turns:
-                made = self._step(branch, window, chunk, turns[chunk], computed[chunk], x, text)
-                velocity[:, :, chunk * window.size : (chunk + 1) * window.size] = made
+        for chunk in takes:
+            if chunk not in branch.ids:
+                self._enter(branch, chunk, parts[chunk])
+        turns = [self._turn(branch, window, c) for c in takes]
+        decided = branch.reuse.decide(turns, [parts[c] for c in takes])
+        if branch.policy.moment == "last_forward":
+            computed = [turn for turn, yes in zip(turns, decided, strict=True) if yes]
+            rows = self._ahead(branch, window, takes)
+            branch.scored = last_forwards(branch.reuse, computed, rows, adopts=self.commit == "adopt")
+        for chunk, turn, yes in zip(takes, turns, decided, strict=True):
+            made = self._step(branch, window, chunk, turn, yes, parts[chunk], text)
+            velocity[:, :, chunk * window.size : (chunk + 1) * window.size] = made
         branch.row += 1
         return (velocity,) if not return_dict else _output(velocity)
 
@@ -192,13 +205,22 @@ class Enabled:
         self._branches[name] = Branch(history, policy, run)
         return self._branches[name]
 
-    def _turn(self, branch: Branch, window: Window, chunk: int, t: float) -> Turn:
-        """A chunk's next step."""
-        at = branch.taken.get(chunk, 0)
+    def _turn(self, branch: Branch, window: Window, chunk: int, ahead: int = 0) -> Turn:
+        """A chunk's next step, or one so many steps later."""
+        at = branch.taken.get(chunk, 0) + ahead
         return Turn(
-            window.number + chunk, at, window.steps, t, window.levels[at], window.levels[at + 1],
+            window.number + chunk, at, window.steps, window.times[at], window.levels[at], window.levels[at + 1],
             at == window.steps - 1 and chunk == window.last,
         )  # fmt: skip
+
+    def _ahead(self, branch: Branch, window: Window, takes: list[int]) -> list[list[Turn]]:
+        """The rows that follow before a chunk enters or finishes: the same chunks take a step in them."""
+        rows: list[list[Turn]] = []
+        for updates in window.updates[branch.row + 1 :]:
+            if updates != window.updates[branch.row]:
+                break
+            rows.append([self._turn(branch, window, chunk, len(rows) + 1) for chunk in takes])
+        return rows
 
     def _step(
         self, branch: Branch, window: Window, chunk: int, turn: Turn, computed: bool, x: Tensor, text: TextState
@@ -207,7 +229,7 @@ class Enabled:
         t, final = turn.timestep, turn.index == window.steps - 1
         residuals = branch.reuse.state(turn.chunk).residuals
         if computed:
-            layers = self._layers(branch, chunk, x, observe=self._observed(branch, chunk, turn.index, final))
+            layers = self._layers(branch, chunk, observe=self._observed(branch, turn, final))
             with self.clock:
                 if branch.reuse.carries_residual:
                     velocity, residuals[""] = self.host.forward_residual(x, t, text, layers)
@@ -232,21 +254,24 @@ class Enabled:
 
     def _clean(self, branch: Branch, chunk: int, x: Tensor, t: float, text: TextState) -> None:
         """The pass that leaves the K/V of given or finished latents."""
-        layers = self._layers(branch, chunk, x, observe=self.policy.moment == "commit")
+        if chunk not in branch.ids:
+            self._enter(branch, chunk, x)
+        layers = self._layers(branch, chunk, observe=self.policy.moment == "commit")
         with self.clock:
             self.host.forward(x, t, text, layers)
         self._settle(branch, chunk)
 
-    def _layers(self, branch: Branch, chunk: int, x: Tensor, observe: bool) -> list[Any]:
-        history = branch.history
-        if chunk not in branch.ids:
-            geometry, first = self._geometry(*x.shape[3:]), chunk * x.shape[2]
-            positions = self.host.positions(geometry, first, x.shape[2])
-            branch.ids[chunk] = history.admit(first, x.shape[2], positions, grid=geometry.grid)
-            branch.planned = False
+    def _enter(self, branch: Branch, chunk: int, x: Tensor) -> None:
+        geometry, first = self._geometry(*x.shape[3:]), chunk * x.shape[2]
+        positions = self.host.positions(geometry, first, x.shape[2])
+        branch.ids[chunk] = branch.history.admit(first, x.shape[2], positions, grid=geometry.grid)
+        branch.entered, branch.planned = max(branch.entered, chunk + 1), False
+
+    def _layers(self, branch: Branch, chunk: int, observe: bool) -> list[Any]:
+        history, number = branch.history, self._window.number if self._window else 0
         if not branch.planned:
             try:
-                history.apply(branch.policy.plan(history.table(), history.signals(chunk)))
+                history.apply(branch.policy.plan(history.table(), history.signals(number + branch.entered)))
             except PlanError as error:
                 raise PlanError(f"policy {self.policy.name or type(self.policy).__name__}: {error}") from error
             branch.planned = True
@@ -256,26 +281,12 @@ class Enabled:
         branch.history.commit(branch.ids.pop(chunk))
         branch.planned = False
 
-    def _observed(self, branch: Branch, chunk: int, index: int, final: bool) -> bool:
+    def _observed(self, branch: Branch, turn: Turn, final: bool) -> bool:
         """Whether the policy scores in this forward."""
         moment = branch.policy.moment
         if moment == "last_forward":
-            return chunk in branch.scored
-        return (moment == "first_step" and index == 0) or (final and moment == "commit" and self.commit == "adopt")
-
-    def _last_forwards(self, branch: Branch, window: Window, computed: list[Turn]) -> set[int]:
-        """Of the chunks computed in this row, those whose scores can be the last ones before the table changes, as
-        `Staggered` finds them; rows that follow are not looked into, where anything may be reused."""
-        if branch.policy.moment != "last_forward":
-            return set()
-        row, numbers = branch.row, [turn.chunk - window.number for turn in computed]
-        if not branch.reuse.active and window.updates[row : row + 1] == window.updates[row + 1 : row + 2]:
-            return set()
-        adopts = self.commit == "adopt"
-        return {
-            *numbers[-1:],
-            *(turn.chunk - window.number for turn in computed if adopts and turn.index == turn.steps - 1),
-        }
+            return turn.chunk in branch.scored
+        return (moment == "first_step" and turn.index == 0) or (final and moment == "commit" and self.commit == "adopt")
 
     def _text(self, name: str, embeds: Tensor) -> TextState:
         held = self._texts.get(name)

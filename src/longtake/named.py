@@ -114,9 +114,9 @@ def describe(policy: Any) -> tuple[str, dict[str, Any]]:
 
 
 def spec(policy: Any) -> str:
-    """A policy as the command line takes it; one without a name by its class."""
-    name, options = describe(policy)
-    values = ",".join(f"{key}={value}" for key, value in options.items())
+    """A policy as the command line takes it, without what the take fills in; one without a name by its class."""
+    name = own_name(type(policy))
+    values = ",".join(f"{f.name}={getattr(policy, f.name)}" for f in fields(policy) if f.repr)
     return f"{name or type(policy).__name__}{':' if values else ''}{values}"
 
 
@@ -136,7 +136,8 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
         if type(value) in plain or (type(value) is int and float in plain):
             return value
         raise LongtakeError(f"{title}: {key}={value!r} is not {type_name(to)}: give {accepted(options)}")
-    if type(None) in options and value.lower() in ("none", "null"):
+    # where text is taken too, "none" may be a word of the policy's own (FlowCache's last=none)
+    if type(None) in options and (value in ("None", "null") or (str not in options and value.lower() == "none")):
         return None
     for option in options:
         if option is bool and value.lower() in ("true", "false"):
@@ -153,7 +154,8 @@ def _cast(title: str, key: str, value: Any, to: Any) -> Any:
 
 def accepted(types_: Sequence[Any]) -> str:
     """What may be written for a field of one of the types."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text"}
+    nothing = "None" if str in types_ else "none"
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): nothing, str: "text"}
     return " or ".join(words.get(each, type_name(each)) for each in types_)
 
 

@@ -210,7 +210,9 @@ def flowcache(
 @shell.guarded
 def flowcache_kv(
     shape: Annotated[str, Option(help="magi-4.5b, or micro to try it.")] = "magi-4.5b",
-    pairs: Annotated[int, Option(help="Alternating measurements of the two ways.")] = 5,
+    pairs: Annotated[
+        int, Option(help="Runs of the way with whole matrices (most of the time), each between two of FlowCacheKV's.")
+    ] = 2,
     out: Out = FOLDER, force: Force = False, as_json: AsJson = False,
     device: Annotated[str | None, Option(help="cpu or cuda; default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default bfloat16.")] = None,

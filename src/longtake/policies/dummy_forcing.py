@@ -54,7 +54,7 @@ class DummyForcing(KVPolicy):
         if not any(signals.scores.values()):
             chunk = table.live[0]
             entries = (*anchors, *(Entry(b.id) for b in blocks))
-            if table.now < self.after * table.span:
+            if table.now < self.after * chunk.span:
                 return Plan(entries, observe=())
             frame = chunk.forms[FULL].tokens // chunk.span
             text = sum(b.forms[FULL].count for b in table.blocks if b.role == "anchor")
@@ -85,16 +85,21 @@ class DummyForcing(KVPolicy):
         return tuple(_rest(blocks, [(0, 1, None), (table.frames_seen - self.local, table.frames_seen, None)]))
 
     def capacity(self, shape: HistoryShape) -> int:
-        most = max(1 + self.local + shape.chunk_frames, (self.after + 1) * shape.chunk_frames + 1)
+        most = max(1 + self.local, self._untold(shape)) + shape.live_frames
         return shape.tokens_per_frame * (most if shape.frames is None else min(most, shape.frames))
+
+    def _untold(self, shape: HistoryShape) -> int:
+        """Latent frames of the past when heads are told apart: `after` chunks and a given beginning, which is an image
+        or, with several chunks in flight, any part of a chunk."""
+        return self.after * shape.chunk_frames + (1 if shape.live_chunks == 1 else shape.chunk_frames - 1)
 
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """More local frames."""
         frames = budget // shape.frame_bytes
-        least = max(2 + shape.chunk_frames, (self.after + 1) * shape.chunk_frames + 1)
+        least = max(2, self._untold(shape)) + shape.live_frames
         if frames < least:
             raise LongtakeError(f"{budget} bytes: dummy-forcing needs {least * shape.frame_bytes}")
-        return replace(self, local=frames - 1 - shape.chunk_frames)
+        return replace(self, local=frames - 1 - shape.live_frames)
 
 
 def masses(q: Tensor, k: Tensor, *, text: int, frame: int, current: int, seed: int) -> Tensor:

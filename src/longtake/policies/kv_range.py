@@ -52,3 +52,10 @@ class KVRange(KVPolicy):
 
     def capacity(self, shape: HistoryShape) -> int:
         return max(self.chunks) * shape.chunk_tokens
+
+    def check(self, shape: HistoryShape) -> None:
+        if max(self.chunks) < shape.live_chunks:
+            raise LongtakeError(
+                f"KV ranges {self.ranges!r}: {shape.live_chunks} chunks are in flight at once, so let the first range "
+                f"be {shape.live_chunks} or more"
+            )

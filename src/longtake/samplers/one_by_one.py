@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..chunk import Clock
 from ..compressors import Compressor, TakeState
-from ..errors import LongtakeError, NonFiniteError, PlanError
+from ..errors import NonFiniteError, PlanError
 from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import Host, TextState
@@ -90,13 +90,8 @@ class OneByOne(Rollout):
         return Finished(self.chunk, self.frame, x0, attended, self.reuse.finish(self.chunk))
 
     def pieces(self, latents: Tensor) -> list[Tensor]:
-        span, size = self.geometry.chunk_frames, (self.geometry.channels, *self.geometry.latent_size)
-        batch, given = self.history.shape.batch, tuple(latents.shape)
-        if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, batch) or given[2] % span:
-            raise LongtakeError(
-                f"latents {list(given)}: give [{batch}, {size[0]}, {span} n, {size[1]}, {size[2]}], whole chunks"
-            )
-        return list(latents.to(self.host.device).expand(batch, -1, -1, -1, -1).split(span, 2))
+        span = self.geometry.chunk_frames
+        return list(self._fitting(latents, span).split(span, 2))
 
     @torch.no_grad()
     def give(self, latents: Tensor, image: bool = False) -> int:

@@ -4,18 +4,20 @@ of finished chunks; in between model, policy, reuse and history meet here."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..chunk import Clock
+from ..errors import LongtakeError
+from ..geometry import Geometry
 from ..history import History
 from ..hosts.base import TextState
 from ..plan import BlockTable
 from ..policies import KVPolicy
-from ..reuse import Decision, Turn
+from ..reuse import Decision, ReuseRun, Turn
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Rollout(ABC):
     """
 
     host: Any  # who makes the forwards: for a round of several sessions, what stands for it
+    geometry: Geometry
+    history: History
     noise: Any
     texts: dict[str, TextState]
     frame: int  # next latent frame
@@ -53,6 +57,21 @@ class Rollout(ABC):
     @abstractmethod
     def pieces(self, latents: Tensor) -> list[Tensor]:
         """Given latents [1 or B, C, f, h, w] as `give` takes them. Raises LongtakeError for another shape."""
+
+    def _fitting(self, latents: Tensor, multiple: int = 1) -> Tensor:
+        """The same for every take and on the host's device, if it is of this geometry and so many frames, or a multiple
+        of them."""
+        batch, size = self.history.shape.batch, (self.geometry.channels, *self.geometry.latent_size)
+        given = tuple(latents.shape)
+        if (
+            len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, batch)
+            or not given[2] or given[2] % multiple
+        ):  # fmt: skip
+            frames, whole = ("f", "") if multiple == 1 else (f"{multiple} n", ", whole chunks")
+            raise LongtakeError(
+                f"latents {list(given)}: give [{batch}, {size[0]}, {frames}, {size[1]}, {size[2]}]{whole}"
+            )
+        return latents.to(self.host.device).expand(batch, -1, -1, -1, -1)
 
     @abstractmethod
     def give(self, latents: Tensor, image: bool = False) -> int:
@@ -100,6 +119,22 @@ class Rollout(ABC):
     @abstractmethod
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Go on from `state_dict`, in a history that was restored too."""
+
+
+def last_forwards(
+    reuse: ReuseRun, computed: Sequence[Turn], rows: Sequence[Sequence[Turn]], *, adopts: bool
+) -> set[int]:
+    """Of the chunks in flight that are `computed` in a row, those whose scores can be the last ones before the table
+    changes, which it does after the `rows` that follow. A later forward's take their place, so of a row the last
+    chunk's count (and a chunk's that it `adopts` as it ends), and of several rows the last one's in which any is
+    computed. Which that is, is known beforehand without reuse, and where decisions hold nothing of the video; with the
+    "latent" metric every row may be, and is scored: one forward in it, at the cost of one more product of queries and
+    past keys, in fp32."""
+    later = reuse.ahead(rows)
+    if later is not None and any(not decision.reused for row in later for decision in row):
+        return set()
+    adopted = [turn for turn in computed if adopts and turn.index == turn.steps - 1]
+    return {turn.chunk for turn in (*adopted, *computed[-1:])}
 
 
 def rewrite(

@@ -32,7 +32,7 @@ from ..policies import KVPolicy
 from ..reuse import ReuseRun, Turn
 from . import flight
 from .flight import InFlight
-from .rollout import Finished, Rollout, rewrite
+from .rollout import Finished, Rollout, last_forwards, rewrite
 from .solvers import Euler, Renoise, Solver
 from .stagger import Stagger
 
@@ -77,11 +77,7 @@ class Staggered(Rollout):
     # --- from outside ------------------------------------------------------------------------------------------------
 
     def pieces(self, latents: Tensor) -> list[Tensor]:
-        batch, size = self.history.shape.batch, (self.geometry.channels, *self.geometry.latent_size)
-        given = tuple(latents.shape)
-        if len(given) != 5 or (given[1], *given[3:]) != size or given[0] not in (1, batch):
-            raise LongtakeError(f"latents {list(given)}: give [{batch}, {size[0]}, f, {size[1]}, {size[2]}]")
-        return [latents.to(self.host.device).expand(batch, -1, -1, -1, -1)]
+        return [self._fitting(latents)]
 
     @torch.no_grad()
     def give(self, latents: Tensor, image: bool = False) -> int:
@@ -231,23 +227,16 @@ class Staggered(Rollout):
         decided = self.reuse.decide([self._turn(chunk) for chunk in turns], [chunk.x for chunk in turns])
         self._computed = {chunk.chunk: yes for chunk, yes in zip(turns, decided, strict=True)}
         if self.policy.moment == "last_forward":
-            self._scored = self._last_forwards([chunk for chunk in turns if self._computed[chunk.chunk]])
+            computed = [self._turn(chunk) for chunk in turns if self._computed[chunk.chunk]]
+            self._scored = last_forwards(self.reuse, computed, self._ahead(), adopts=self.stagger.commit == "adopt")
 
-    def _last_forwards(self, computed: list[InFlight]) -> set[int]:
-        """Of the chunks computed in this row, those whose scores can be the last ones before the table changes: a later
-        forward's take their place, so of a row the last chunk's count (and a chunk's that is adopted within it), and of
-        several rows the last one's in which any is computed. Which that is, is known beforehand without reuse, and
-        where decisions hold nothing of the video; with the "latent" metric every row may be, and is scored: one forward
-        in it, at the cost of one more product of queries and past keys, in fp32."""
+    def _ahead(self) -> list[list[Turn]]:
+        """The rows that follow before a chunk enters or finishes."""
         ends = lambda ahead: any(chunk.step + ahead >= self.matrix.steps - 1 for chunk in self.live)
         rows: list[list[Turn]] = []
         while not (ends(len(rows)) or self._due(self.row + len(rows) + 1)):
             rows.append([self._turn(chunk, len(rows) + 1) for chunk in self.live])
-        later = self.reuse.ahead(rows)
-        if later is not None and any(not decision.reused for row in later for decision in row):
-            return set()
-        adopted = [c for c in computed if self.stagger.commit == "adopt" and c.step == self.matrix.steps - 1]
-        return {chunk.chunk for chunk in (*adopted, *computed[-1:])}
+        return rows
 
     def _due(self, row: int) -> bool:
         open_ = self.until is None or self.frame < self.until

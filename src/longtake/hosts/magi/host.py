@@ -133,7 +133,14 @@ class MagiHost(PromptReader, Host):
         return levels[:-1], levels
 
     def streams(self, guidance: float) -> tuple[str, ...]:
-        return ("cond",)  # its passes take turns with one K/V
+        """Its passes take turns with one K/V. Raises LongtakeError for a guidance scale other than 1: what its files
+        say of guidance holds in any case."""
+        if guidance != 1:
+            raise LongtakeError(
+                f"guidance {guidance:g}: {self.name} has scales of its own, by noise level, or needs none (distilled): "
+                "leave it away"
+            )
+        return ("cond",)
 
     def passes(self, timestep: float, guidance: float, *, first: bool) -> tuple[Pass, ...]:
         if self.settings.cfg_number == 3:
@@ -187,7 +194,7 @@ class MagiHost(PromptReader, Host):
     @torch.no_grad()
     def feature(self, metric: str, latents: Tensor | None, timestep: float) -> Tensor:
         if metric != "latent" or latents is None:
-            return super().feature(metric, latents, timestep)
+            raise LongtakeError(f"{self.name} has no feature {metric!r} to reuse by: use metric=latent")
         weight = self.transformer.x_embedder.weight.float()
         scaled = latents.to(weight) * self.transformer.config.x_rescale_factor
         return F.conv3d(scaled, weight, stride=self.transformer.x_embedder.stride)
