@@ -545,7 +545,7 @@ def test_every_policy_runs_at_every_budget(model, tmp_path, monkeypatch):
     failed = runner.execute(plan, todo, store, tmp_path)
     absent = [cell for cell in todo if cell not in store]
     assert len(failed) == len(absent), failed
-    made = summary.summarise(todo, store, runner.training_frames(plan))
+    made = summary.summarise(todo, store.finished(todo), runner.training_frames(plan))
     assert len(made["tables"][0]["rows"]) == len(todo) - len(absent)
     text = markdown({"tables": made["tables"], "command": "longtake compare", "origin": {}})
     _, table, *_ = text.split("\n\n")  # its title stands before it; recall by gap after it, if noise recalls something

@@ -172,7 +172,7 @@ def test_reuse_that_reuses_nothing_equals_its_reference(model, tmp_path):
 
 def test_tables_have_a_row_for_every_arm_and_intervals_over_prompts_and_seeds(run):
     _, todo, store, _, _ = run
-    (table,) = take_tables(todo, store)
+    (table,) = take_tables(todo, store, store.finished(todo))
     assert (table["chunks"], table["height"], table["prompts"], table["seeds"]) == (5, 32, [PROMPT, "a ball"], [3])
     assert [row["arm"] for row in table["rows"]] == [*POLICIES, *(f"{policy} + {REUSE}" for policy in POLICIES)]
     for row in table["rows"]:
@@ -390,7 +390,7 @@ def test_takes_are_laid_out_as_vbench_reads_them_and_its_scores_find_their_takes
     (scored,) = [cell for cell in todo if adapters.imported_vbench(store.files(cell))]
     assert scored.setting.prompt == "a ball" and scored.seed == 3
     assert (store.files(scored) / "take.mp4").read_bytes() == video.read_bytes()
-    row = next(row for row in take_tables(todo, store)[0]["rows"] if scored.key in row["cells"])
+    row = next(row for row in take_tables(todo, store, store.finished(todo))[0]["rows"] if scored.key in row["cells"])
     assert row["vbench_motion_smoothness"] == {"n": 1, "mean": 0.75, "ci95": None}
     assert store.damage(scored) == "", "what is added later is no damage"
     (store.files(scored) / "vbench.json").unlink()
@@ -411,7 +411,7 @@ def test_pairs_for_lpips_go_out_and_scores_come_back(run, tmp_path):
     scores = [{**pair, "lpips": 0.125, "lpips_per_frame": [0.1, 0.15]} for pair in pairs]
     (tmp_path / "lpips.json").write_text(json.dumps(scores))
     assert adapters.import_lpips(tmp_path / "lpips.json", todo, store) == 4
-    rows = take_tables(todo, store)[0]["rows"]
+    rows = take_tables(todo, store, store.finished(todo))[0]["rows"]
     assert [row.get("lpips", {}).get("mean") for row in rows] == [None, None, 0.125, 0.125]
     (tmp_path / "lpips.json").write_text('[{"cell": "x"}]')
     with pytest.raises(LongtakeError, match="no LPIPS scores"):

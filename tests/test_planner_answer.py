@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import longtake
 from longtake import LongtakeError, Session, SlidingWindow
 from longtake.cli import app
+from longtake.commands.shell import bytes_text
 from longtake.planner import CARDS, PlanRequest, Room, answer, ceilings, memory, models, plan, runnable
 from longtake.planner.answer import longest, short
 from longtake.policies import FullHistory, PackForcing, parse
@@ -214,3 +216,44 @@ def test_a_file_without_ceilings_is_refused(tmp_path: Path):
     file.write_text('{"schema": 3}')
     with pytest.raises(LongtakeError, match="neither gemm_tflops nor copy_gbs"):
         ceilings(roofline=file)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_that_the_readme_names_is_what_its_command_says():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    start = text.index("Memory this needs:")
+    paragraph = " ".join(text[start : text.index("\n\n", start)].split())
+    _, _, rest = paragraph.partition("`longtake plan ")
+    command = rest.partition("`")[0].split()
+    found, resident = told(*command), told(*command, "--residency", "resident")["vram"]
+    vram = found["vram"]
+    figures = [
+        vram["total"], vram["weights"], vram["history"] + vram["live"], vram["view"], vram["text"], vram["decoder"],
+        vram["activations"], resident["view"], resident["total"], found["host_ram"]["text_encoder"],
+    ]  # fmt: skip
+    assert vram["activations"] == found["activation_peaks"]["decode"]
+    converting, *named = re.findall(r"[\d.]+ [GM]B", paragraph)
+    assert converting == "2.7 GB", "of memory that was watched, which no plan knows"
+    assert named == [bytes_text(figure) for figure in figures]
+
+
+# --- long takes -------------------------------------------------------------------------------------------------------
+
+
+class Everything(FullHistory):
+    """Full history that is walked table by table."""
+
+
+@pytest.mark.parametrize("model", ["wan-1.3b", "lumos-1-3b", "magi-4.5b"])
+def test_full_history_is_counted_without_its_tables_as_with_them(model):
+    one, other = (answer(PlanRequest(model=model, chunks=12, policy=kind())) for kind in (FullHistory, Everything))
+    assert one == other
+
+
+def test_a_take_too_long_to_count_is_refused():
+    assert told("-m", "wan-1.3b", "--seconds", "3600", "-p", "window")["chunks"] == 4801
+    for length in ("--seconds=86401", "--frames=2000001", "--chunks=100001", "--chunks=1000000000000"):
+        result = run("-m", "wan-1.3b", length)
+        assert result.exit_code == 2 and "give at most" in result.output

@@ -218,3 +218,38 @@ def test_a_past_kept_quantised_is_counted_as_it_is_held():
     request = PlanRequest(model="mid", shape=shape, policy=parse(WINDOW), chunks=6, head_bytes=shape.head_dim + 4)
     vram = memory(request)["vram"]
     assert vram["history"] + vram["live"] == take.memory()["store"] and vram["view"] == take.memory()["view"]
+
+
+def mid_size(vae: bool) -> Made:
+    """114 million parameters in the proportions of Wan2.1, random; with the published autoencoder's 127 million."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(HALF)
+    try:
+        model = WanTransformer3DModel(
+            num_attention_heads=8, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
+            freq_dim=256, ffn_dim=4096, num_layers=6,
+        )  # fmt: skip
+        decoder = AutoencoderKLWan() if vae else None
+    finally:
+        torch.set_default_dtype(FULL)
+    config = HostConfig(
+        causal=True, chunk_frames=3, timesteps=(1000,), guidance_scale=1.0, height=64 if vae else 192,
+        width=64 if vae else 256, text_tokens=64, training_frames=21,
+    )  # fmt: skip
+    sizes = None if decoder is None else WanVae.of(decoder.config, numbers(decoder))
+    host = CausalWan(cast(model, HALF), config, vae=decoder and cast(decoder, HALF), name="mid")
+    shape = WanShape.of("mid", model.config, asdict(config), itemsize=2, vae=sizes)
+    return host, shape, {"prompt_embeds": drawn(1, 64, 4096)}
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["latents", "pixels"])
+def test_a_plan_is_within_five_percent_on_a_model_of_a_hundred_million_parameters(pixels: bool):
+    """Both of everything and of what is there beside the weights, which are most of it."""
+    host, shape, given = mid_size(pixels)
+    assert 100e6 < numbers(host.transformer) < 200e6
+    policy = "window:frames=6,sink=3"
+    request = PlanRequest(model="mid", shape=shape, policy=parse(policy), chunks=2, decode=pixels)
+    vram, measured = memory(request)["vram"], measure(host, policy, pixels, "resident", 2, given)
+    assert vram["weights"] == pytest.approx(measured.weights, rel=1e-3)
+    assert vram["total"] == pytest.approx(measured.peak, rel=WITHIN), (vram, measured)
+    assert vram["total"] - vram["weights"] == pytest.approx(measured.peak - measured.weights, rel=WITHIN)

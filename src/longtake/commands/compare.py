@@ -223,20 +223,21 @@ def compare(
             done.append(f"{adapters.export_vbench(todo, store, export_vbench)} videos for VBench in {export_vbench}")
         if export_lpips is not None:
             done.append(f"{adapters.export_lpips(todo, store, export_lpips)} pairs for LPIPS in {export_lpips}")
+    contents = store.finished(todo)
     summary: dict[str, Any] = {
         "schema": SCHEMA, "command": shlex.join(["longtake", *sys.argv[1:]]), "notes": notes, "cells": len(todo),
-        "finished": sum(cell in store for cell in todo), "origin": origin(plan),
-        "made_by": made_by(todo, store),
+        "finished": sum(cell.key in contents for cell in todo), "origin": origin(plan),
+        "made_by": made_by(contents[cell.key] for cell in todo if cell.key in contents),
     }  # fmt: skip
     if takes:
         summary |= {
-            "tables": [], "takes": take_tables(todo, store),
+            "tables": [], "takes": take_tables(todo, store, contents),
             "definitions": {name: told.as_dict() for name, told in DEFINITIONS.items()},
         }  # fmt: skip
     else:
         from ..evaluate.compare.runner import training_frames
 
-        summary |= summarise(todo, store, training_frames(plan), against)
+        summary |= summarise(todo, contents, training_frames(plan), against)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "report.html", page(summary, out).encode())
     tables = len(summary["tables"]) + len(summary.get("takes", ()))

@@ -2,20 +2,19 @@
 model.
 
 One module per model family. Each lists its named shapes in `SHAPES`, counts with `plan(request) -> dict`, says what a
-session is made of with `anatomy(request)` and which forwards there are with `forwards(request)`; registering a family
-is one word in `registry.FAMILIES`. Bytes of a history are `footprint`'s, which a server's admission asks too.
+session is made of with `anatomy(request)` and which forwards there are with `forwards(request)`; a module of this
+package that lists `SHAPES` is a family. Bytes of a history are `footprint`'s, which a server's admission asks too.
 """
 
 from .answer import Room, answer, memory
 from .footprint import HistoryBytes, history_bytes, largest
-from .registry import FAMILIES, models, plan
+from .registry import families, models, plan
 from .request import ModelShape, PlanRequest
 from .runnable import runnable
 from .speed import CARDS, Ceilings, ceilings
 
 __all__ = [
     "CARDS",
-    "FAMILIES",
     "Ceilings",
     "HistoryBytes",
     "ModelShape",
@@ -23,6 +22,7 @@ __all__ = [
     "Room",
     "answer",
     "ceilings",
+    "families",
     "history_bytes",
     "largest",
     "memory",

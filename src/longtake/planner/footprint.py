@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import LongtakeError
 from ..plan import HistoryShape
-from ..policies import DeepForcing, FlowCacheKV, KVPolicy
+from ..policies import KVPolicy
 
 RESIDENCIES = ("resident", "scratch")
 STEPS = 24  # halvings of a budget: far less than a token of any history
@@ -66,17 +66,7 @@ def _extra(policy: KVPolicy, shape: HistoryShape, axes: int) -> int:
     """Bytes beside the rows: key and query sums of whole blocks, and places per head where blocks are fused."""
     heads = shape.layers * shape.batch * shape.kv_heads * shape.streams
     sums = policy.summed(shape) + (1 if "query_sums" in policy.requires else 0)
-    return sums * heads * shape.head_dim * 4 + fused_tokens(policy, shape) * heads * 2 * axes * 4
-
-
-def fused_tokens(policy: KVPolicy, shape: HistoryShape) -> int:
-    """Most tokens of fused blocks, every head of which has places of its own."""
-    ends = shape.frames or policy.capacity(shape) or 0
-    if isinstance(policy, FlowCacheKV) and ends > policy.chunks * shape.chunk_frames:
-        return max(0, policy.chunks * shape.chunk_tokens - shape.live_frames * shape.tokens_per_frame)
-    if isinstance(policy, DeepForcing) and ends > policy.frames:
-        return policy.top * shape.tokens_per_frame
-    return 0
+    return sums * heads * shape.head_dim * 4 + policy.fused(shape) * heads * 2 * axes * 4
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from ..plan import HistoryShape
 from ..policies import DeepForcing, FlowCacheKV, KVPolicy
 from ..policies.flowcache_kv import TRANSIENT
-from .footprint import fused_tokens
 
 FP32 = 4
 PHASE = 8  # a rotary phase: cosine and sine in fp32
@@ -99,7 +98,7 @@ def phases(rows: int, pairs: int) -> int:
 
 def fused_phases(policy: KVPolicy, sizes: HistoryShape, pairs: int) -> int:
     """Making the phases of one layer's fused tokens, every head of which stands elsewhere."""
-    return phases(fused_tokens(policy, sizes) * sizes.kv_heads, pairs)
+    return phases(policy.fused(sizes) * sizes.kv_heads, pairs)
 
 
 def scoring(policy: KVPolicy, sizes: HistoryShape, query: int, pairs: int) -> int:

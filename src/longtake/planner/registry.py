@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Protocol, cast
 
 from ..errors import LongtakeError
 from .anatomy import Anatomy, Forward
 from .request import ModelShape, PlanRequest
-
-FAMILIES = ("lumos", "magi", "skyreels", "wan")  # modules of this package
 
 
 class Family(Protocol):
@@ -28,8 +28,12 @@ class Family(Protocol):
         """Every forward of the take, for its work."""
 
 
+@cache
 def families() -> dict[str, Family]:
-    return {name: cast(Family, import_module(f".{name}", __package__)) for name in FAMILIES}
+    """The modules of this package that list named shapes, by name."""
+    package = import_module(__package__)
+    found = {name: import_module(f".{name}", __package__) for _, name, _ in iter_modules(package.__path__)}
+    return {name: cast(Family, module) for name, module in found.items() if hasattr(module, "SHAPES")}
 
 
 def models() -> dict[str, ModelShape]:

@@ -13,6 +13,9 @@ from ..policies import KVPolicy
 if TYPE_CHECKING:
     from .wan_sizes import WanSizes
 
+MOST = {"seconds": 86_400, "frames": 2_000_000, "chunks": 100_000}  # of a take that is counted chunk by chunk
+_TOO_LONG = "give at most {:,}; a bounded policy costs the same per chunk however long the take is"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -61,10 +64,14 @@ class PlanRequest:
             )
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise LongtakeError(f"{self.seconds:g} seconds: ask for a finite length above 0")
+        if self.seconds is not None and self.seconds > MOST["seconds"]:
+            raise LongtakeError(f"{self.seconds:g} seconds: {_TOO_LONG.format(MOST['seconds'])}")
         for name in ("frames", "chunks", "chunk", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise LongtakeError(f"--{name} {value}: give at least 1")
+            if value is not None and value > MOST.get(name, value):
+                raise LongtakeError(f"--{name} {value}: {_TOO_LONG.format(MOST[name])}")
 
     @property
     def held(self) -> dict[str, int]:

@@ -84,6 +84,7 @@ class Walk:
     blocks: list[Block] = field(default_factory=list)
     live: list[Block] = field(default_factory=list)
     plan: Plan | None = None
+    shown: int = 0  # tokens of the past that the plan shows
 
     def visits(self) -> Iterator[Visit]:
         """Every forward, in order. Raises LongtakeError for a policy whose plans depend on more than token counts."""
@@ -149,9 +150,9 @@ class Walk:
             for i, entry in enumerate(plan.entries):
                 if isinstance(entry, Fuse):
                     plan = replace(plan, entries=(*plan.entries[:i], self._fused(entry), *plan.entries[i + 1 :]))
-            self.plan = plan
+            self.plan, self.shown = plan, seen_tokens(self.policy, plan.entries, self.blocks)
             self.held = max(self.held, sum(self._tokens(b) for b in (*self.blocks, *self.live)))
-        return sum(seen_tokens(self.policy, entry, self.blocks) for entry in self.plan.entries)
+        return self.shown
 
     def _fused(self, fuse: Fuse) -> Entry:
         old = [block for block in self.blocks if block.id in fuse.blocks]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import LongtakeError
 from ..plan import COMPRESSED, FULL, Block, BlockTable, Choose, Drop, Entry, Form, Signals, TokenSet, difference
-from ..policies import KVPolicy
+from ..policies import FullHistory, KVPolicy
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ def walk(policy: KVPolicy, layout: Layout, spans: Sequence[int], given: int = 0)
 
     Raises LongtakeError for a policy whose plans depend on more than block metadata.
     """
+    if type(policy) is FullHistory:  # the same in closed form: tables of a long take grow with its square
+        frames = given
+        for span in spans:
+            past = layout.text + frames * layout.tokens_per_frame
+            yield Step(frames, span, past, past)
+            frames += span
+        return
     blocks: list[Block] = []
     if layout.text:
         blocks.append(Block(0, "anchor", 0, 0, {FULL: Form(layout.text)}))
@@ -52,8 +59,12 @@ def walk(policy: KVPolicy, layout: Layout, spans: Sequence[int], given: int = 0)
         if COMPRESSED in plan.forms:
             live = replace(live, forms={**live.forms, COMPRESSED: Form(layout.compressed)})
         if not (given and number == 1):
-            seen = sum(seen_tokens(policy, entry, blocks) for entry in plan.entries)
-            yield Step(frame, span, seen, sum(form.count for b in blocks for form in b.forms.values()))
+            yield Step(
+                frame,
+                span,
+                seen_tokens(policy, plan.entries, blocks),
+                sum(form.count for b in blocks for form in b.forms.values()),
+            )
         blocks.append(live)
         frame += span
 
@@ -80,14 +91,18 @@ def drop_tokens(blocks: list[Block], drop: Drop) -> None:
         del blocks[at]
 
 
-def seen_tokens(policy: KVPolicy, entry: object, blocks: list[Block]) -> int:
-    """Tokens that an entry of a plan shows. Raises LongtakeError for one that only a model can resolve."""
+def seen_tokens(policy: KVPolicy, entries: Iterable[object], blocks: list[Block]) -> int:
+    """Tokens that the entries of a plan show. Raises LongtakeError for one that only a model can resolve."""
     forms = {b.id: b.forms for b in blocks}
-    if isinstance(entry, Entry):
-        return forms[entry.block][entry.form].count if entry.tokens is None else len(entry.tokens)
-    if isinstance(entry, Choose):
-        return entry.k * forms[entry.candidates[0]][entry.form].count
-    raise _open(policy)
+    seen = 0
+    for entry in entries:
+        if isinstance(entry, Entry):
+            seen += forms[entry.block][entry.form].count if entry.tokens is None else len(entry.tokens)
+        elif isinstance(entry, Choose):
+            seen += entry.k * forms[entry.candidates[0]][entry.form].count
+        else:
+            raise _open(policy)
+    return seen
 
 
 def _open(policy: KVPolicy) -> LongtakeError:

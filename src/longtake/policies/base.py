@@ -62,6 +62,10 @@ class KVPolicy(ABC):
         """Most forms with key sums at once, if the policy requires "key_sums"."""
         return 0
 
+    def fused(self, shape: HistoryShape) -> int:
+        """Most tokens of fused blocks (`Fuse`) at once, every head of which has places of its own."""
+        return 0
+
     def chunks_held(self, shape: HistoryShape) -> tuple[int, int]:
         """About how many chunks something is held of, where the capacity is bounded, and of how many of those a
         compressed form: what is kept of a chunk beside its K/V (latents, compressed tokens) goes by these."""

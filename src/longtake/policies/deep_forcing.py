@@ -75,6 +75,10 @@ class DeepForcing(KVPolicy):
     def visible(self, shape: HistoryShape) -> int:
         return shape.tokens_per_frame * (self.frames if shape.frames is None else min(self.frames, shape.frames))
 
+    def fused(self, shape: HistoryShape) -> int:
+        ends = shape.frames is not None and shape.frames <= self.frames  # before anything is compressed
+        return 0 if ends else self.top * shape.tokens_per_frame
+
     def fit(self, budget: int, shape: HistoryShape) -> Self:
         """The longest window; a smaller sink where it must be."""
         frames = budget // shape.frame_bytes - shape.chunk_frames

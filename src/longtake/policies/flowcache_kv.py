@@ -150,6 +150,11 @@ class FlowCacheKV(KVPolicy):
         frames = self.chunks * shape.chunk_frames
         return (frames if shape.frames is None else min(frames, shape.frames)) * shape.tokens_per_frame
 
+    def fused(self, shape: HistoryShape) -> int:
+        if shape.frames is not None and shape.frames <= self.chunks * shape.chunk_frames:
+            return 0  # the take ends before anything is compressed
+        return max(0, self.chunks * shape.chunk_tokens - shape.live_frames * shape.tokens_per_frame)
+
     def settle(self, shape: HistoryShape) -> Self:
         return replace(
             self, live=shape.live_chunks, frame_tokens=shape.tokens_per_frame, chunk_tokens=shape.chunk_tokens

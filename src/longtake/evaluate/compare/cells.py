@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -90,6 +90,10 @@ class Store:
     def get(self, cell: Cell) -> dict[str, Any]:
         """A finished cell's content. Raises LongtakeError if the file is damaged."""
         return read_json(self._path(cell))
+
+    def finished(self, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
+        """The content of those cells that are finished, by key, each file read once. Raises LongtakeError as `get`."""
+        return {cell.key: self.get(cell) for cell in cells if cell in self}
 
     def files(self, cell: Cell) -> Path:
         """The folder of a cell's files."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...zoo import lanes
 from . import arms as names
-from .cells import Cell, Store, label_of
+from .cells import Cell, label_of
 from .statistics import Hits, holm, interval, mean, paired
 
 CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
@@ -21,18 +21,19 @@ FULL, WINDOWS = "full", ("window:positions=slots", "window")  # what others are 
 
 
 def summarise(
-    todo: Sequence[Cell], store: Store, training_frames: dict[str, int], against: str | None = None
-) -> dict[str, Any]:
-    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells.
-    `against` names a policy that the others are tested against too."""
+    todo: Iterable[Cell], contents: Mapping[str, dict[str, Any]], training_frames: dict[str, int],
+    against: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells, whose
+    `contents` these are (see `Store.finished`). `against` names a policy that the others are tested against too."""
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     arms: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in todo:
-        if cell not in store:
+        if cell.key not in contents:
             continue
         label = label_of(cell)
         arms[cell.model, label] = cell.arm.as_dict()
-        groups.setdefault((cell.model, cell.setting.protocol), {}).setdefault(label, []).append(store.get(cell))
+        groups.setdefault((cell.model, cell.setting.protocol), {}).setdefault(label, []).append(contents[cell.key])
     tables = []
     for (model, protocol), by_arm in groups.items():
         make = _teacher_forced if protocol == "A" else _free
@@ -120,22 +121,21 @@ def _bounds(low: float, high: float) -> list[float] | None:
     return None if math.isnan(low) else [round(low, 4), round(high, 4)]
 
 
-def made_by(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
-    """Which code and machine the finished cells come from, most cells first: a folder may have been filled by several
+def made_by(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Which code and machine the contents of finished cells come from, most cells first: a folder may have been filled by several
     runs."""
     counts: dict[str, int] = {}
     dates: dict[str, list[str]] = {}
-    for cell in todo:
-        if cell in store:
-            origin = store.get(cell)["origin"]
-            git, machine = origin.get("git") or {}, origin.get("machine") or {}
-            told = {
-                "commit": git.get("commit"), "dirty": git.get("dirty"), "cpu": machine.get("cpu"),
-                "gpu": machine.get("gpu"), "torch": (origin.get("versions") or {}).get("torch"),
-            }  # fmt: skip
-            key = json.dumps(told)
-            counts[key] = counts.get(key, 0) + 1
-            dates.setdefault(key, []).append(str(origin.get("date", "")))
+    for content in found:
+        origin = content["origin"]
+        git, machine = origin.get("git") or {}, origin.get("machine") or {}
+        told = {
+            "commit": git.get("commit"), "dirty": git.get("dirty"), "cpu": machine.get("cpu"),
+            "gpu": machine.get("gpu"), "torch": (origin.get("versions") or {}).get("torch"),
+        }  # fmt: skip
+        key = json.dumps(told)
+        counts[key] = counts.get(key, 0) + 1
+        dates.setdefault(key, []).append(str(origin.get("date", "")))
     return [
         {**json.loads(key), "cells": counts[key], "from": min(dates[key]), "to": max(dates[key])}
         for key in sorted(counts, key=lambda key: -counts[key])

@@ -18,8 +18,8 @@ from .takes import TakeSetting
 Found = list[tuple[int, Cell, dict[str, Any]]]  # cluster, cell, its content
 
 
-def take_tables(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
-    """Tables as JSON values, of the finished cells; see `rows[]` for what is missing. Takes of one prompt and seed are
+def take_tables(todo: Sequence[Cell], store: Store, contents: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tables as JSON values, of the finished cells, whose `contents` these are; see `rows[]` for what is missing. Takes of one prompt and seed are
     kin: intervals draw them together."""
     groups: dict[tuple[Any, ...], dict[str, list[Cell]]] = {}
     for cell in todo:
@@ -38,7 +38,7 @@ def take_tables(todo: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
         for label, cells in by_arm.items():
             ordered = sorted(cells, key=place)
             kin = {at: number for number, at in enumerate(sorted({place(cell) for cell in every}))}
-            found = [(kin[place(cell)], cell, store.get(cell)) for cell in ordered if cell in store]
+            found = [(kin[place(cell)], cell, contents[cell.key]) for cell in ordered if cell.key in contents]
             missing = len(ordered) - len(found)
             rows.append({"arm": label, **_identity(ordered[0]), "missing": missing, **_row(found, store)})
             for _, _, content in found[:1]:
