@@ -59,12 +59,8 @@ def walk(policy: KVPolicy, layout: Layout, spans: Sequence[int], given: int = 0)
         if COMPRESSED in plan.forms:
             live = replace(live, forms={**live.forms, COMPRESSED: Form(layout.compressed)})
         if not (given and number == 1):
-            yield Step(
-                frame,
-                span,
-                seen_tokens(policy, plan.entries, blocks),
-                sum(form.count for b in blocks for form in b.forms.values()),
-            )
+            held = sum(form.count for b in blocks for form in b.forms.values())
+            yield Step(frame, span, seen_tokens(policy, plan.entries, blocks), held)
         blocks.append(live)
         frame += span
 

@@ -24,8 +24,8 @@ def summarise(
     todo: Iterable[Cell], contents: Mapping[str, dict[str, Any]], training_frames: dict[str, int],
     against: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells, whose
-    `contents` these are (see `Store.finished`). `against` names a policy that the others are tested against too."""
+    """Tables as JSON values: `tables[]` with model, protocol, `rows[]`, `admitted` metrics; of the finished cells, as
+    `Store.finished` gives their `contents`. `against` names a policy that the others are tested against too."""
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     arms: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in todo:
@@ -122,8 +122,8 @@ def _bounds(low: float, high: float) -> list[float] | None:
 
 
 def made_by(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Which code and machine the contents of finished cells come from, most cells first: a folder may have been filled by several
-    runs."""
+    """Which code and machine the contents of finished cells come from, most cells first: a folder may have been filled
+    by several runs."""
     counts: dict[str, int] = {}
     dates: dict[str, list[str]] = {}
     for content in found:

@@ -19,8 +19,8 @@ Found = list[tuple[int, Cell, dict[str, Any]]]  # cluster, cell, its content
 
 
 def take_tables(todo: Sequence[Cell], store: Store, contents: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tables as JSON values, of the finished cells, whose `contents` these are; see `rows[]` for what is missing. Takes of one prompt and seed are
-    kin: intervals draw them together."""
+    """Tables as JSON values, of the finished cells, as `Store.finished` gives their `contents`; see `rows[]` for what
+    is missing. Takes of one prompt and seed are kin: intervals draw them together."""
     groups: dict[tuple[Any, ...], dict[str, list[Cell]]] = {}
     for cell in todo:
         assert isinstance(cell.setting, TakeSetting)
