@@ -74,7 +74,7 @@ def compare(
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option("--protocol", metavar="A|B", help="A, B, or both (repeat it).", show_default="A"),
+        typer.Option("--protocol", metavar="A|B|L", help="A, B, L, or several (repeat it).", show_default="A"),
     ] = None,
     against: Annotated[
         str | None,
@@ -278,8 +278,8 @@ def _check(given: dict[str, Any], takes: bool) -> None:
         raise LongtakeError("--as-given beside --budget: policies are fitted to a budget, or they are not")
     if given["free"] is not None and given["free"] < 6:
         raise LongtakeError(f"--free {given['free']}: give at least 6 latent frames")
-    if unknown := sorted(set(given["protocol"] or ()) - {"A", "B"}):
-        raise LongtakeError(f"--protocol {unknown[0]}: give A or B (C is A on two models: --model twice)")
+    if unknown := sorted(set(given["protocol"] or ()) - {"A", "B", "L"}):
+        raise LongtakeError(f"--protocol {unknown[0]}: give A, B or L (C is A on two models: --model twice)")
     if given["free"] is not None and "B" not in (given["protocol"] or ()):
         raise LongtakeError(f"--free {given['free']} is for protocol B: add --protocol B")
     for name in ("seeds", "gap", "budget", "chunks", "steps"):

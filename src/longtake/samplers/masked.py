@@ -81,8 +81,7 @@ class MaskedSampler(Sampler):
         most = cells  # codes still masked, at most; known without asking the device
         for step in range(self.steps):
             t = chunk.schedule.timesteps[step]
-            hidden = chunk.forward(_content(shaped(codes), chunk.geometry), t, step)  # [B, rows · columns, C]
-            hidden = hidden.unflatten(1, chunk.geometry.grid)[:, :, :width].flatten(1, 2)  # [B, v, C]
+            hidden = _hidden(chunk, shaped(codes), step)
             unknown = codes < 0
             rows = unknown.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, m]: all that is masked
             drawn, logp = self._draw(chunk, step, hidden, rows)
@@ -102,6 +101,17 @@ class MaskedSampler(Sampler):
             if seen is not shown:  # other codes were given: they replace those that stay
                 codes = torch.where(codes < 0, codes, seen.flatten(1))
         return shaped(codes)
+
+    def log_likelihood(self, chunk: Sampling, truth: Tensor) -> Tensor:
+        """How likely the codes `truth` [B, 1, 1, h, w] are held before any of them is known: fp32 [B, 1, 1, h, w], from
+        one forward."""
+        hidden, codes = _hidden(chunk, torch.full_like(truth, MASKED), 0), truth.flatten(1)
+        rows = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+        known = [
+            self._log_probabilities(chunk, hidden, part).gather(-1, codes.gather(1, part)[..., None])[..., 0]
+            for part in rows.split(_block(chunk), 1)
+        ]
+        return torch.cat(known, 1).view(truth.shape)
 
     def ranking_temperature(self, chunk: int, step: int) -> float:
         """T of the ranking noise; `chunk` counts generated frames."""
@@ -132,15 +142,18 @@ class MaskedSampler(Sampler):
         """A code for each of `rows` [B, m] and its log-probability. Logits exist for a block of rows at a time, and for
         no other rows."""
         drawn, logps = [], []
-        block = max(1, BLOCK_ELEMENTS // (chunk.batch * chunk.host.codes))
-        for part in rows.split(block, 1):
-            picked = hidden.gather(1, part[..., None].expand(-1, -1, hidden.shape[-1]))
-            logp = F.log_softmax(chunk.host.logits(picked).float(), -1)  # [B, r, codes]
+        for part in rows.split(_block(chunk), 1):
+            logp = self._log_probabilities(chunk, hidden, part)
             codes = chunk.noise.codes(chunk.chunk, step, part, logp)
             chosen = logp.gather(-1, codes[..., None])[..., 0]
             drawn.append(torch.where(chosen.isfinite(), codes, MASKED))
             logps.append(chosen)
         return torch.cat(drawn, 1), torch.cat(logps, 1)
+
+    def _log_probabilities(self, chunk: Sampling, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Of every code at each of `rows` [B, r]: [B, r, codes]."""
+        picked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        return F.log_softmax(chunk.host.logits(picked).float(), -1)
 
     def _least(self, confidence: Tensor, stay: int, missing: Tensor) -> Tensor:
         """Which of the rows [B, m] are masked again: the `stay` least confident, at least 1, never all `missing`."""
@@ -183,6 +196,18 @@ def still_masked(cells: int, step: int, steps: int) -> int:
     """Codes the cosine schedule leaves masked after `step` (0-based)."""
     # fp32 on purpose: 96·cos(π/3) floors to 47 here and to 48 in fp64, and then other ids come out.
     return int(torch.floor(cells * torch.cos(torch.tensor((step + 1) / steps) * math.pi * 0.5)))
+
+
+def _hidden(chunk: Sampling, codes: Tensor, step: int) -> Tensor:
+    """What a step's forward makes of every code's cell: [B, v, C]."""
+    content = _content(codes, chunk.geometry)
+    hidden = chunk.forward(content, chunk.schedule.timesteps[step], step)  # [B, rows · columns, C]
+    return hidden.unflatten(1, chunk.geometry.grid)[:, :, : codes.shape[-1]].flatten(1, 2)
+
+
+def _block(chunk: Sampling) -> int:
+    """Cells whose logits are held at once."""
+    return max(1, BLOCK_ELEMENTS // (chunk.batch * chunk.host.codes))
 
 
 def _content(codes: Tensor, geometry: Geometry) -> Tensor:

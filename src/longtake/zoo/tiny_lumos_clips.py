@@ -101,7 +101,7 @@ class Library:
             pieces.append(self._encode(scene, [t[run[0]] for t in times], run[1]))
         codes = torch.cat(pieces).to(torch.int16)  # [WINDOW, h, w]
         return [
-            Strip(lane.shape if lane else None, codes[:, i * ROWS : (i + 1) * ROWS].clone(), _actors(lane, t), t)
+            Strip(lane.shape if lane else None, codes[:, i * ROWS : (i + 1) * ROWS].clone(), actors_at(lane, t), t)
             for i, (lane, t) in enumerate(zip(scene.lanes, times, strict=True))
         ]
 
@@ -133,7 +133,7 @@ def _times(rng: np.random.Generator, kind: str, lane: lanes.Lane | None) -> tupl
     return (0, seen, seen + 1, *range(target - 2, target + 3))
 
 
-def _actors(lane: lanes.Lane | None, times: tuple[int, ...]) -> torch.Tensor:
+def actors_at(lane: lanes.Lane | None, times: tuple[int, ...]) -> torch.Tensor:
     """Where the actor is, as bool [F, ROWS, COLUMNS]."""
     where = np.zeros((len(times), ROWS, COLUMNS), bool)
     if lane is not None:

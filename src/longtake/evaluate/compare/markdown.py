@@ -23,6 +23,13 @@ B = (
     ("chunks_to_first_error", "chunks to first error"), ("clock_lawful", "clock lawful"),
     ("luma_slope", "luma, grey levels / 1,000"), ("contrast_slope", "contrast, the same"),
 )  # fmt: skip
+L = (
+    ("nats", "nats a code, actors who return"), ("nats_in_range", "… seen within a clip"),
+    ("nats_seen", "actors in view"), ("nats_scenery", "scenery"),
+)  # fmt: skip
+COLUMNS = {"A": A, "B": B, "L": L}
+COUNTED = {"A": "colour", "B": "colour", "L": "nats"}  # what differences are of
+BY_GAP = {"recall_colour_by_gap": "colour recalled at gap", "nats_by_gap": "nats a code at gap"}
 
 PAIRED = ("against_window", "against_chosen")
 SURE = 0.05  # a corrected p below it is set in bold
@@ -49,13 +56,15 @@ def markdown(summary: dict[str, Any], brief: bool = False) -> str:
 
 
 def _table(table: dict[str, Any], brief: bool) -> str:
-    columns = A if table["protocol"] == "A" else B
+    columns = COLUMNS[table["protocol"]]
     rows = [row for row in table["rows"] if not brief or _chosen(row, table["rows"])]
     others = {
         key: next(row[key]["other"].partition(" @")[0] for row in rows if key in row)
         for key in PAIRED if any(key in row for row in rows)
     }  # fmt: skip
-    titles = [title for _, title in columns] + [f"colour, less that of `{other}`" for other in others.values()]
+    titles = [title for _, title in columns] + [
+        f"{COUNTED[table['protocol']]}, less that of `{other}`" for other in others.values()
+    ]
     lines = [
         f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",
         "| policy | budget, KiB | returns | " + " | ".join(titles)
@@ -68,22 +77,20 @@ def _table(table: dict[str, Any], brief: bool) -> str:
         cells += [_difference(row.get(key)) for key in others]
         cells += [str(row["attended_tokens"]), *(f"{row[key] / 2**20:.1f}" for key in ("device_bytes", "total_bytes"))]
         lines.append(f"| {name} | {_kib(row)} | {row['events']} | {' | '.join(cells)} |")
-    return "\n".join(lines if brief else [*lines, *_by_gap(table["rows"])])
+    for key, title in () if brief else BY_GAP.items():
+        lines += _by_gap(table["rows"], key, title)
+    return "\n".join(lines)
 
 
-def _by_gap(rows: list[dict[str, Any]]) -> list[str]:
-    """Colour recalled over the gap, of every policy at every budget."""
-    rows = [row for row in rows if "recall_colour_by_gap" in row and not row["control"]]
-    gaps = sorted({gap for row in rows for gap in row["recall_colour_by_gap"]}, key=int)
+def _by_gap(rows: list[dict[str, Any]], key: str, title: str) -> list[str]:
+    """One figure over the gap, of every policy at every budget."""
+    rows = [row for row in rows if key in row and not row["control"]]
+    gaps = sorted({gap for row in rows for gap in row[key]}, key=int)
     if not gaps:
         return []
-    lines = [
-        "",
-        "| colour recalled at gap | budget, KiB | " + " | ".join(gaps) + " |",
-        "|---|---|" + "---|" * len(gaps),
-    ]
+    lines = ["", f"| {title} | budget, KiB | " + " | ".join(gaps) + " |", "|---|---|" + "---|" * len(gaps)]
     for row in rows:
-        cells = [_estimate(row["recall_colour_by_gap"].get(gap), row["events"]) for gap in gaps]
+        cells = [_estimate(row[key].get(gap), row["events"]) for gap in gaps]
         lines.append(f"| `{row['name']}` | {_kib(row)} | {' | '.join(cells)} |")
     return lines
 

@@ -187,7 +187,7 @@ _OPTIONS = {
     "compressors": "compressor",
 }  # fmt: skip
 _WORLD: dict[str, Callable[[str, Any, Path], dict[str, Any]]] = {
-    "protocols": _many(str, "A or B"), "models": _KEYS["models"], "policies": _specs, "budgets": _KEYS["budgets"],
+    "protocols": _many(str, "A, B or L"), "models": _KEYS["models"], "policies": _specs, "budgets": _KEYS["budgets"],
     "compressors": _many(str, "own, a compressor's name or folder"), "seeds": _one(int, "how many scenes", 1),
     "frames": _one(int, "a number of latent frames", 1), "free": _one(int, "a number of latent frames", 1),
     "gaps": _many(int, "a number of latent frames", 1), "against": _one(str, "one of the policies"),

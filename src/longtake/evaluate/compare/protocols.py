@@ -1,5 +1,6 @@
 """The protocols. A: true frames are committed under the policy, then two chunks are generated from noise that is the
 same for all policies, at every probe. B: a short true beginning, then a free run far beyond the training length.
+L: true frames are committed under the policy, and each is asked for before: how likely are its codes (likelihood.py)?
 
 Of what was generated a cell keeps, in files: `take.mp4` (under A one probe's stretch after another; `probes` in its
 outcome says at which true latent frame each begins), `latents.safetensors` (`latents`, fp32 [F, C, h, w]; controls that
@@ -26,7 +27,7 @@ from ...session import Session
 from ...video import Mp4Writer
 from ...zoo import lanes, readback
 from . import arms as names
-from . import files
+from . import files, likelihood
 from .arms import Arm
 from .course import course
 from .footage import Footage, Probe, Projector, probes
@@ -51,13 +52,14 @@ class Setting:
     def given(self, host: Host) -> int:
         """True latent frames before anything is generated, at most: a training clip before a free run."""
         chunk = host.config.chunk_frames
-        limit = self.frames if self.protocol == "A" else min(host.config.training_frames, self.frames)
+        limit = min(host.config.training_frames, self.frames) if self.protocol == "B" else self.frames
         return max(chunk, limit // chunk * chunk)
 
     def length(self, host: Host) -> int:
         """All latent frames of a cell's take."""
         chunk = host.config.chunk_frames
-        return self.given(host) + chunk * (ahead(chunk) if self.protocol == "A" else self.free // chunk)
+        follow = {"A": ahead(chunk), "B": self.free // chunk, "L": 0}
+        return self.given(host) + chunk * follow[self.protocol]
 
 
 def ahead(chunk: int) -> int:
@@ -99,10 +101,10 @@ class Made:
 
 
 def run(arm: Arm, footage: Footage, setting: Setting, folder: Path | None = None) -> dict[str, Any]:
-    """One cell, as JSON values: `events` and the cost figures of protocol A, or the course of protocol B. What it
-    generates is kept in `folder`."""
+    """One cell, as JSON values: `events` and the cost figures of protocols A and L, or the course of protocol B. What
+    it generates is kept in `folder`."""
     made = Made(footage.host.geometry(lanes.SIZE, lanes.SIZE).fps)
-    cell = (teacher_forced if setting.protocol == "A" else free_run)(arm, footage, setting, made)
+    cell = {"A": teacher_forced, "B": free_run, "L": asked}[setting.protocol](arm, footage, setting, made)
     seconds = [chunk["seconds"] for chunk in made.chunks]
     cell |= {"fps": made.fps, "chunk_seconds": float(np.median(seconds)) if seconds else None}
     if folder is not None:
@@ -115,7 +117,7 @@ def teacher_forced(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> 
     host, seed = footage.host, footage.seed
     chunk = host.config.chunk_frames
     truth = footage.latents(setting.length(host))
-    shown = footage.latents(setting.length(host), disguised=True) if arm.control == names.SHUFFLED else truth
+    shown = _shown(arm, footage, setting)
     take = None if arm.control in names.MODEL_FREE else _session(arm, footage, setting)
     cell: dict[str, Any] = {"events": [], "psnr": [], "attended_tokens": 0, "bytes": {}, "probes": []}
     for probe in probes(footage.scene, setting.given(host), chunk):
@@ -136,6 +138,19 @@ def teacher_forced(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> 
         cell["events"] += _judged(video, footage.scene, start, probe)
         cell["psnr"].append(psnr(video, footage.lawful(start, len(video))))
     return cell
+
+
+def asked(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> dict[str, Any]:
+    """Protocol L; nothing is generated."""
+    frames = setting.length(footage.host)
+    truth, shown = footage.latents(frames), _shown(arm, footage, setting)
+    take, account, tokens = _session(arm, footage, setting), likelihood.Account(footage.scene), 0
+    for frame in range(1, frames):
+        take.extend(shown[:, :, frame - 1 : frame])
+        costs, attended = likelihood.nats(fork(take, footage.seed, 1), truth[:, :, frame : frame + 1])
+        account.add(frame, costs)
+        tokens = max(tokens, attended)
+    return {"attended_tokens": tokens, "bytes": held(take), **account.as_dict()}
 
 
 def free_run(arm: Arm, footage: Footage, setting: Setting, kept: Made) -> dict[str, Any]:
@@ -188,6 +203,11 @@ def _session(arm: Arm, footage: Footage, setting: Setting) -> Session:
     if take.decoder is not None:
         take.decoder = Projector(footage)
     return take
+
+
+def _shown(arm: Arm, footage: Footage, setting: Setting) -> Tensor:
+    """The latents that are committed: the true ones, or those of the scene with everybody disguised."""
+    return footage.latents(setting.length(footage.host), disguised=arm.control == names.SHUFFLED)
 
 
 def _without_model(control: str, footage: Footage, truth: Tensor, frame: int, length: int) -> np.ndarray:

@@ -19,8 +19,9 @@ from ...plan import HistoryShape
 from ...session import default_policy, history_shape
 from ...zoo import lanes
 from ..provenance import provenance
+from . import likelihood
 from .against import compare_takes, likeness, reference_of
-from .arms import Arm, arms, controls, take_arms, with_compressors
+from .arms import MODEL_FREE, Arm, arms, controls, take_arms, with_compressors
 from .cells import Cell, Store, label_of, weights_of
 from .executor import Executor, Here, Job, Prepare, Processes
 from .footage import Footage, has_codec
@@ -86,6 +87,8 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
                 f"{model} has several chunks in flight, so a past cannot be put under it chunk by chunk: compare free "
                 "takes of it (--prompt), or judge reuse and compression on it with `longtake bench flowcache`"
             )
+        if any(setting.protocol == "L" for setting in plan.settings):
+            likelihood.check(host, model)
         shape = shape_of(host)
         budgets = (plan.budgets or default_budgets(host.config)) if plan.fitted else ()
         rows = [*controls(shape, host.config.training_frames), *arms(plan.policies, budgets, shape, notes)]
@@ -97,6 +100,7 @@ def cells(plan: Plan, notes: list[str]) -> list[Cell]:
         for setting in plan.settings
         for model, rows in listed
         for weights, dtype, arm in rows
+        if setting.protocol != "L" or arm.control not in MODEL_FREE  # nobody to be asked
     ]
 
 

@@ -17,6 +17,8 @@ from .statistics import Hits, holm, interval, mean, paired
 CHANCE = {"colour": 1 / len(lanes.COLOURS), "texture": 1 / len(lanes.TEXTURES)}
 TRUE_ENOUGH = 0.95
 SHOWN = 2  # scenes whose videos are shown
+# what is counted of a cell's outcome, and what arms are told apart by
+COUNTED = {"A": ("events", "colour"), "B": ("returns", "colour"), "L": ("events", "nats")}
 FULL, WINDOWS = "full", ("window:positions=slots", "window")  # what others are tested against; the first that is there
 
 
@@ -36,22 +38,26 @@ def summarise(
         groups.setdefault((cell.model, cell.setting.protocol), {}).setdefault(label, []).append(contents[cell.key])
     tables = []
     for (model, protocol), by_arm in groups.items():
-        make = _teacher_forced if protocol == "A" else _free
+        make = {"A": _teacher_forced, "B": _free, "L": _asked}[protocol]
         rows = [
             {"arm": label, **arms[model, label], **make(found, training_frames[model]), **_shown(found)}
             for label, found in by_arm.items()
         ]
         _differences(rows, by_arm, protocol, against)
-        tables.append(
-            {"model": model, "protocol": protocol, "rows": rows, "admitted": _admitted(rows), "chance": CHANCE}
-        )
+        told = {} if protocol == "L" else {"admitted": _admitted(rows), "chance": CHANCE}
+        tables.append({"model": model, "protocol": protocol, "rows": rows, "admitted": {}, "chance": {}} | told)
     return {"tables": tables}
 
 
-def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
-    events = lambda keep, key: {
+def _events(found: list[dict[str, Any]]) -> Callable[[Callable[[dict[str, Any]], bool], str], Hits]:
+    """Of the events of cells that are to be kept, one of their values, by scene."""
+    return lambda keep, key: {
         cell["seed"]: [float(e[key]) for e in cell["outcome"]["events"] if keep(e)] for cell in found
     }
+
+
+def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
+    events = _events(found)
     everything = lambda e: True
     row: dict[str, Any] = {"events": sum(len(cell["outcome"]["events"]) for cell in found), "seeds": len(found)}
     for key in ("colour", "texture"):
@@ -70,6 +76,20 @@ def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any
     distances = [e["distance"] for cell in found for e in cell["outcome"]["events"] if e["distance"] is not None]
     row["distance_px"] = round(float(np.median(distances)), 2) if distances else None
     row["psnr_db"] = estimate({cell["seed"]: cell["outcome"]["psnr"] for cell in found})
+    return row | _cost(found)
+
+
+def _asked(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
+    events = _events(found)
+    row: dict[str, Any] = {"events": sum(len(cell["outcome"]["events"]) for cell in found), "seeds": len(found)}
+    row["nats"] = estimate(events(lambda e: True, "nats"))
+    row["nats_in_range"] = estimate(events(lambda e: e["age"] <= training and not e["repainted"], "nats"))
+    row["nats_by_gap"] = {
+        str(gap): estimate(events(lambda e, gap=gap: e["gap"] == gap, "nats"))
+        for gap in sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
+    }
+    for key in ("seen", "scenery"):
+        row[f"nats_{key}"] = estimate({cell["seed"]: cell["outcome"][key] for cell in found})
     return row | _cost(found)
 
 
@@ -145,11 +165,11 @@ def made_by(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _differences(
     rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]], protocol: str, against: str | None = None
 ) -> None:
-    """Paired differences of colour recall from full history, from a window of the same budget, and from the policy
-    `against` at the same budget; each corrected for their number."""
-    kind = "events" if protocol == "A" else "returns"
+    """Paired differences (of colour recall; under L of nats) from full history, from a window of the same budget, and
+    from the policy `against` at the same budget; each corrected for their number."""
+    kind, value = COUNTED[protocol]
     hits = {
-        label: {cell["seed"]: [float(e["colour"]) for e in cell["outcome"][kind]] for cell in found}
+        label: {cell["seed"]: [float(e[value]) for e in cell["outcome"][kind]] for cell in found}
         for label, found in by_arm.items()
     }
     window = next((name for name in WINDOWS if any(row["name"] == name for row in rows)), None)

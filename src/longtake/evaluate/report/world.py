@@ -30,6 +30,11 @@ COLUMNS = {
         Column("luma_slope", "luma slope", "near 0", 1, "grey levels per 1,000 latent frames"),
         Column("contrast_slope", "contrast slope", "near 0", 1, "grey levels per 1,000 latent frames"),
     ),
+    "L": (
+        Column("nats", "returned", "lower", 1, "nats a code of actors who have just come back"),
+        Column("nats_in_range", "returned, in range", "lower"), Column("nats_seen", "in view", "lower"),
+        Column("nats_scenery", "scenery", "lower"),
+    ),
 }  # fmt: skip
 COSTS = (
     Column("chunk_seconds", "seconds a chunk", "lower", 1, "by the clock of whoever made the cells, decoder left out"),
@@ -40,6 +45,8 @@ COSTS = (
 MEANING = {
     "A": "Protocol A: true frames are committed under the policy; two chunks follow, from the same noise for all.",
     "B": "Protocol B: a free run after a short true beginning, many times as long as a training clip.",
+    "L": "Protocol L: before each true frame is committed, the model says how likely its codes are, knowing none of "
+    "them. Nats a code, less is better.",
 }
 WATCHED = {
     "A": "What was generated, one probe's chunks after another, of the first scenes. The truth is the first video.",
@@ -63,18 +70,19 @@ def section(number_: int, found: dict[str, Any], folder: Path | None, videos: Vi
         warning += "<p class=warn>One scene: its interval says nothing about others.</p>"
     chance = found["chance"]
     chosen = next((row["against_chosen"]["other"] for row in rows if "against_chosen" in row), "").partition(" @")[0]
+    what = "nats" if protocol == "L" else "colour"
     columns = [
-        Column("events", "events"), *COLUMNS[protocol], Column("against_full", "colour, against full"),
-        Column("against_window", "colour, against a window", hint="of equal bytes"),
-        *([Column("against_chosen", "colour, against the chosen", hint=chosen)] if chosen else []), *COSTS,
+        Column("events", "events"), *COLUMNS[protocol], Column("against_full", f"{what}, against full"),
+        Column("against_window", f"{what}, against a window", hint="of equal bytes"),
+        *([Column("against_chosen", f"{what}, against the chosen", hint=chosen)] if chosen else []), *COSTS,
         Column("seconds_per_cell", "s a cell"),
     ]  # fmt: skip
     markup = (
         f"<section id={name} aria-labelledby={name}-title><h2 id={name}-title>{escape(found['model'])}, protocol "
-        f"{protocol}</h2><p>{MEANING[protocol]} Means with 95 % bootstrap intervals, clustered by seed; a return "
-        f"counts as recalled only where motion and clock are lawful. Chance: colour {chance['colour']:.3f}, texture "
-        f"{chance['texture']:.3f}. {escape(_admission(found['admitted']))}</p>{warning}"
-        f"<h3>Recall and its price</h3>{view(name, 'tradeoff')}{view(name, 'key')}"
+        f"{protocol}</h2><p>{MEANING[protocol]} Means with 95 % bootstrap intervals, clustered by seed. "
+        f"{_counting(chance, found['admitted'])}</p>{warning}"
+        f"<h3>{'Likelihood' if protocol == 'L' else 'Recall'} and its price</h3>"
+        + f"{view(name, 'tradeoff')}{view(name, 'key')}"
         + (f"<h3>Recall over the gap</h3>{view(name, 'gaps')}" if protocol == "A" else "")
         + (f"<h3>Side by side</h3><p>{WATCHED[protocol]}</p>{view(f'{name}-films', 'player')}" if shown else "")
         + "<h3>All numbers</h3>"
@@ -143,6 +151,16 @@ def _versus(row: dict[str, Any], column: Column) -> str | None:
     low, high = against["ci95"] or (None, None)
     ends = "" if low is None else f"<small>{number(low)} to {number(high)}</small>"
     return f"{number(against['difference'])}{ends}<small>p {against['p_holm']:.2g}</small>"
+
+
+def _counting(chance: dict[str, float], admitted: dict[str, bool]) -> str:
+    """How returns are counted, where they are."""
+    if not chance:
+        return ""
+    return (
+        "A return counts as recalled only where motion and clock are lawful. Chance: colour "
+        f"{chance['colour']:.3f}, texture {chance['texture']:.3f}. {escape(_admission(admitted))}"
+    )
 
 
 def _admission(admitted: dict[str, bool]) -> str:
