@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import LongtakeError
 from ...geometry import Geometry
 from ...hosts.base import Host
-from ...samplers import MaskedSampler
+from ...samplers.masked import MaskedSampler
 from ...samplers.base import Sampler, Sampling
 from ...session import Session
 from ...zoo import lanes
