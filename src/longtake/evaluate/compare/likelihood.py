@@ -16,8 +16,9 @@ from torch import Tensor
 from ...errors import LongtakeError
 from ...geometry import Geometry
 from ...hosts.base import Host
-from ...samplers.masked import MaskedSampler
 from ...samplers.base import Sampler, Sampling
+from ...samplers.masked import MaskedSampler
+from ...samplers.one_by_one import OneByOne
 from ...session import Session
 from ...zoo import lanes
 from ...zoo.tiny_lumos_clips import actors_at
@@ -58,7 +59,7 @@ def check(host: Host, name: str) -> None:
 def nats(twin: Session, truth: Tensor) -> tuple[np.ndarray, int]:
     """What each code of the next frame `truth` [1, 1, 1, h, w] costs, [h, w], and how many tokens were attended to;
     the take ends with it."""
-    assert isinstance(twin.sampler, MaskedSampler)
+    assert isinstance(twin.sampler, MaskedSampler) and isinstance(twin.rollout, OneByOne)
     asking = Asking(twin.sampler, truth.to(twin.host.device))
     twin.rollout.sampler = asking
     tokens = next(twin).stats.attended_tokens

@@ -56,6 +56,13 @@ def _events(found: list[dict[str, Any]]) -> Callable[[Callable[[dict[str, Any]],
     }
 
 
+def _by_gap(found: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """A value of the events of cells, estimated for each gap."""
+    events, gaps = _events(found), sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
+    at: Callable[[int], Hits] = lambda gap: events(lambda e: e["gap"] == gap, key)
+    return {str(gap): estimate(at(gap)) for gap in gaps}
+
+
 def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
     events = _events(found)
     everything = lambda e: True
@@ -67,10 +74,7 @@ def _teacher_forced(found: list[dict[str, Any]], training: int) -> dict[str, Any
         row[f"recall_{key}_far_in_sink"] = estimate(
             events(lambda e: e["age"] > training and e["in_sink"] and not e["repainted"], key)
         )
-        row[f"recall_{key}_by_gap"] = {
-            str(gap): estimate(events(lambda e, gap=gap: e["gap"] == gap, key))
-            for gap in sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
-        }
+        row[f"recall_{key}_by_gap"] = _by_gap(found, key)
     for key in ("lawful", "missing", "duplicated"):
         row[key] = estimate(events(everything, key))
     distances = [e["distance"] for cell in found for e in cell["outcome"]["events"] if e["distance"] is not None]
@@ -84,10 +88,7 @@ def _asked(found: list[dict[str, Any]], training: int) -> dict[str, Any]:
     row: dict[str, Any] = {"events": sum(len(cell["outcome"]["events"]) for cell in found), "seeds": len(found)}
     row["nats"] = estimate(events(lambda e: True, "nats"))
     row["nats_in_range"] = estimate(events(lambda e: e["age"] <= training and not e["repainted"], "nats"))
-    row["nats_by_gap"] = {
-        str(gap): estimate(events(lambda e, gap=gap: e["gap"] == gap, "nats"))
-        for gap in sorted({e["gap"] for cell in found for e in cell["outcome"]["events"]})
-    }
+    row["nats_by_gap"] = _by_gap(found, "nats")
     for key in ("seen", "scenery"):
         row[f"nats_{key}"] = estimate({cell["seed"]: cell["outcome"][key] for cell in found})
     return row | _cost(found)
