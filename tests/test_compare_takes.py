@@ -344,6 +344,8 @@ def test_a_matrix_with_protocols_is_the_options_it_stands_for(tmp_path):
         (["--prompt", "a", "--chunks", 0], "--chunks 0: give at least 1"),
         (["--prompt", "a", "--chunks", 2, "--reuse", "nobody"], "no reuse policy 'nobody'"),
         (["--export-vbench", "x"], "VBench and LPIPS are for free takes"),
+        (["--prompt", "a", "--chunks", 2, "--import-vbench", "none.json"], "none.json: VBench results cannot be read"),
+        (["--prompt", "a", "--chunks", 2, "--import-lpips", "none.json"], "none.json: LPIPS scores cannot be read"),
         (["m.yaml", "--seeds", 3], "--seeds beside m.yaml: the matrix says it all"),
         (["m.yaml"], "matrix m.yaml cannot be read"),
     ],

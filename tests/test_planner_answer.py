@@ -195,6 +195,7 @@ def test_a_policy_is_printed_as_the_command_line_takes_it():
     [
         ("", "nothing to plan: name a --model and a length, or a --gpu"),
         ("--gpu nonsense", "no card 'nonsense': give its memory, e.g. 24GB, or one of t4, a10"),
+        ("--gpu 24", "--gpu 24: that is 24 B; give a card's memory, e.g. 24GB"),
         ("--gpu 24GB --reserve much", "'much' is no amount of memory"),
         ("-m wan-1.3b --chunks 3 --tflops 0", "--tflops 0: give a finite number above 0"),
         ("-m wan-1.3b --chunks 3 --bandwidth -1", "--bandwidth -1: give a finite number above 0"),

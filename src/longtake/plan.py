@@ -238,14 +238,24 @@ def intersect(a: TokenSet, b: TokenSet) -> TokenSet:
     """Tokens in both sets, ascending."""
     if isinstance(a, range) and isinstance(b, range) and a.step == b.step == 1:
         return range(max(a.start, b.start), max(max(a.start, b.start), min(a.stop, b.stop)))
-    a, b = as_tensor(a), as_tensor(b)
-    return a[torch.isin(a, b)]
+    a = as_tensor(a)
+    return a[_within(a, b)]
 
 
 def difference(a: TokenSet, b: TokenSet) -> TokenSet:
     """Tokens of `a` that are not in `b`, ascending."""
-    a, b = as_tensor(a), as_tensor(b)
-    return a[~torch.isin(a, b)]
+    a = as_tensor(a)
+    return a[~_within(a, b)]
+
+
+def _within(a: Tensor, b: TokenSet) -> Tensor:
+    """Which tokens of `a` are in the ascending set `b`."""
+    if isinstance(b, range) and b.step == 1:
+        return (a >= b.start) & (a < b.stop)
+    if not len(b):
+        return torch.zeros_like(a, dtype=torch.bool)
+    b = as_tensor(b)
+    return b[torch.searchsorted(b, a).clamp(max=len(b) - 1)] == a
 
 
 def as_tensor(tokens: TokenSet) -> Tensor:

@@ -199,6 +199,7 @@ def compare(
     from ..evaluate.report import page
 
     shell.check_device(device)
+    adapters.check_files(import_vbench or (), import_lpips)
     shell.hush()
     plan = _plan_of_takes(given, written, device) if takes else _plan_of_world(given, device)
     notes: list[str] = []

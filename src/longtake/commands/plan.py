@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..planner.speed import Card
 
 OF_BYTES = ("vram", "host_ram", "activation_peaks")  # whose numbers are bytes
+LEAST_CARD = 10**8  # bytes: what is less was meant otherwise
 BYTES = ("memory", "reserve", "needs", "history")
 MODELS_HELP = "A named shape (a wrong one lists those known), an embedded model, or a model folder."
 
@@ -97,9 +98,12 @@ def _room(gpu: str | None, reserve: str) -> tuple[Card | None, Room | None]:
     if card := CARDS.get(gpu.strip().lower().replace(" ", "-")):
         return card, Room(card.about, card.memory, kept)
     try:
-        return None, Room(gpu, shell.parse_bytes(gpu), kept)
+        memory = shell.parse_bytes(gpu)
     except LongtakeError:
         raise LongtakeError(f"no card {gpu!r}: give its memory, e.g. 24GB, or one of {', '.join(CARDS)}") from None
+    if memory < LEAST_CARD:
+        raise LongtakeError(f"--gpu {gpu}: that is {shell.bytes_text(memory)}; give a card's memory, e.g. 24GB")
+    return None, Room(gpu, memory, kept)
 
 
 def _shape(model: str, itemsize: int) -> ModelShape:

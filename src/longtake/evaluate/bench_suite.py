@@ -49,7 +49,7 @@ SUITE = {
             ("long", "micro"), "endless_report:EndlessReport",
         ),
         Entry(
-            "packcache", "a packed history on Lumos-1 against two ways of keeping all of it", 25,
+            "packcache", "a packed history on Lumos-1 against two ways of keeping all of it", 23,
             ("lumos-cpu", "lumos-1-1b", "lumos-1-3b", "lumos-micro"), "packcache_report:PackReport",
         ),
         Entry(

@@ -19,6 +19,7 @@ from .writing import writing
 
 PAIRS, SCRIPT, LPIPS = "pairs.json", "score.py", "lpips.json"
 PROMPTS, VIDEOS = "prompts.json", "videos"
+LPIPS_SCORES, VBENCH_RESULTS = ("LPIPS scores", list), ("VBench results", dict)  # what a file is, its outermost kind
 KEPT_VBENCH = "vbench.json"
 
 _SCORE = '''"""Scores pairs.json with LPIPS (Zhang et al. 2018) into lpips.json. In an environment of its own:
@@ -85,9 +86,17 @@ def export_lpips(todo: Sequence[Cell], store: Store, folder: Path) -> int:
     return len(pairs)
 
 
+def check_files(vbench: Sequence[Path], lpips: Path | None) -> None:
+    """Raise LongtakeError for files that no scores can be taken from, before takes are made for them."""
+    for file in vbench:
+        _read(file, *VBENCH_RESULTS)
+    if lpips is not None:
+        _read(lpips, *LPIPS_SCORES)
+
+
 def import_lpips(file: Path, todo: Sequence[Cell], store: Store) -> int:
     """Take over scores that `score.py` wrote; of how many cells. Raises LongtakeError for another file."""
-    listed = _read(file, "LPIPS scores", list)
+    listed = _read(file, *LPIPS_SCORES)
     known = {cell.key: cell for cell in todo if cell in store}
     count = 0
     for entry in listed:
@@ -148,7 +157,7 @@ def import_vbench(file: Path, todo: Sequence[Cell], store: Store) -> int:
     places = {str(place): cell for place, cell in _places(todo).items()}
     scores: dict[str, dict[str, float]] = {}
     cells: dict[str, Cell] = {}
-    for dimension, told in _read(file, "VBench results", dict).items():
+    for dimension, told in _read(file, *VBENCH_RESULTS).items():
         if not isinstance(told, list) or len(told) != 2 or not isinstance(told[1], list):
             raise LongtakeError(f"{file}: no VBench results; give a file whose name ends in _eval_results.json")
         for entry in told[1]:
