@@ -57,7 +57,7 @@ SUITE = {
             ("cpu-small", "gpu-wan-1.3b", "cpu-micro"), "packforcing_report:PackForcingReport",
         ),
         Entry(
-            "flowcache", "reuse and a compressed past on diffusion forcing: seconds, and what changes", 45,
+            "flowcache", "reuse and a compressed past on diffusion forcing: seconds, and what changes", 90,
             ("cpu-sky", "gpu-skyreels-1.3b", "cpu-micro"), "flowcache_report:FlowCacheReport",
         ),
         Entry(
