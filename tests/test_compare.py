@@ -604,7 +604,7 @@ def test_a_measure_is_admitted_if_truth_is_high_and_idle_pictures_are_low(truth,
     ("arguments", "words"),
     [
         (["--frames", 500], "--frames 500: give 12 to 400"),
-        (["--protocol", "C"], "--protocol C: give A or B"),
+        (["--protocol", "C"], "--protocol C: give A, B or L"),
         (["--workers", 0], "--workers 0: give at least 1"),
         (["--seeds", 0], "--seeds 0: give at least 1"),
         (["--gap", 0], "--gap 0: give at least 1"),
