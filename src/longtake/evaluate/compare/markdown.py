@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import LongtakeError
 from ..provenance import read_json
+from .summary import COUNTED
 
 MARKS = re.compile(
     r"<!-- compare:(?P<name>[\w.-]+)(?P<brief> brief)? -->\n(?P<table>.*?)<!-- /compare:(?P=name) -->", re.DOTALL
@@ -28,7 +29,6 @@ L = (
     ("nats_seen", "actors in view"), ("nats_scenery", "scenery"),
 )  # fmt: skip
 COLUMNS = {"A": A, "B": B, "L": L}
-COUNTED = {"A": "colour", "B": "colour", "L": "nats"}  # what differences are of
 BY_GAP = {"recall_colour_by_gap": "colour recalled at gap", "nats_by_gap": "nats a code at gap"}
 
 PAIRED = ("against_window", "against_chosen")
@@ -63,7 +63,7 @@ def _table(table: dict[str, Any], brief: bool) -> str:
         for key in PAIRED if any(key in row for row in rows)
     }  # fmt: skip
     titles = [title for _, title in columns] + [
-        f"{COUNTED[table['protocol']]}, less that of `{other}`" for other in others.values()
+        f"{COUNTED[table['protocol']][1]}, less that of `{other}`" for other in others.values()
     ]
     lines = [
         f"`{Path(table['model']).name}`, protocol {table['protocol']}:", "",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...zoo import lanes
+from ..compare.summary import COUNTED
 from .files import Take
 from .table import Column, axis, table
 from .text import escape, is_estimate, number, packed, view
@@ -70,7 +71,7 @@ def section(number_: int, found: dict[str, Any], folder: Path | None, videos: Vi
         warning += "<p class=warn>One scene: its interval says nothing about others.</p>"
     chance = found["chance"]
     chosen = next((row["against_chosen"]["other"] for row in rows if "against_chosen" in row), "").partition(" @")[0]
-    what = "nats" if protocol == "L" else "colour"
+    _, what = COUNTED[protocol]
     columns = [
         Column("events", "events"), *COLUMNS[protocol], Column("against_full", f"{what}, against full"),
         Column("against_window", f"{what}, against a window", hint="of equal bytes"),
